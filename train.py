@@ -1,0 +1,291 @@
+"""Train a plastic Transformer on any task with any rule.
+
+    python train.py --task copy --rule hebbian                     # about a minute on a 2-core CPU
+    python train.py --task copy --rule gradient --window 8         # attention too short: fast weights must carry it
+    python train.py --task omniglot --rule hebbian --data-dir data # downloads and packs Omniglot the first time
+    python eval.py out/copy-hebbian-s0                             # what the trained model does, and how
+
+Writes into --out-dir: metrics.jsonl (one JSON object an evaluation), ckpt.pt (the last state) and best.pt (the best
+on validation data), both with the arguments that rebuild the model.
+"""
+import argparse
+import ctypes
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from model import build_model
+from plasticity import RULES
+from tasks import make_task, random_generator
+
+# Every task's own defaults: its sizes, then the model's, then the training's.
+SMALL = dict(d_model=64, d_ff=128, warmup_steps=0)
+IMAGES = dict(ways=5, shots=1, queries=15, d_model=128, d_ff=256, lr=1e-3, batch_size=8)
+DEFAULTS = {
+    "copy": dict(seq_len=5, delay=20, vocab_size=10, **SMALL, steps=1000, batch_size=32, lr=3e-3),
+    "cue": dict(pairs=8, cues=20, **SMALL, steps=1500, batch_size=32, lr=3e-3),
+    "regression": dict(dim=3, support=10, queries=10, **SMALL, steps=1500, batch_size=32, lr=3e-3),
+    "cifarfs": dict(**IMAGES, steps=800, warmup_steps=1000),
+    "omniglot": dict(**IMAGES, steps=800, warmup_steps=0),
+}
+SIZES = ("seq_len", "delay", "vocab_size", "pairs", "cues", "dim", "support", "queries", "ways", "shots")
+ALPHA_INIT = {"none": 1.0, "hebbian": 8.0, "gradient": 1.0}
+LR_WARMUP, CLIP, WEIGHT_DECAY = 50, 1.0, 0.01  # updates, gradient norm, AdamW
+WARMUP_BATCH = 128  # images in an update of the encoder's warm-up
+
+
+def fail(message):
+    """End the program as every bad input does: one line, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or float of at least `low` (or above it) and at most `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        if not (low < value if above else low <= value) or not value <= high:
+            limits = f"{'above' if above else 'at least'} {low}" + ("" if high == math.inf else f" and at most {high}")
+            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
+        return value
+
+    return parse
+
+
+def add_size_flags(parser, names=SIZES):
+    """The sizes of an episode; each belongs to one or two tasks."""
+    said = {"seq_len": "copy: tokens to remember", "delay": "copy: blanks before the delimiter",
+            "vocab_size": "copy: tokens there are", "pairs": "cue: pairs shown", "cues": "cue: cues there are",
+            "dim": "regression: inputs", "support": "regression: pairs shown",
+            "queries": "regression: queries; images: queries a class", "ways": "images: classes of an episode",
+            "shots": "images: labelled images a class"}
+    for name in names:
+        parser.add_argument("--" + name.replace("_", "-"), type=number(int, 0 if name == "delay" else 1), help=said[name])
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    whole, positive = number(int, 1), number(float, 0, above=True)
+    parser.add_argument("--task", choices=DEFAULTS, default="copy")
+    parser.add_argument("--rule", choices=RULES, default="hebbian")
+    group = parser.add_argument_group("episodes (defaults by task)")
+    add_size_flags(group)
+    group = parser.add_argument_group("model")
+    group.add_argument("--n-layer", type=whole, default=2)
+    group.add_argument("--n-head", type=whole, default=4)
+    group.add_argument("--d-model", type=whole, help="default by task")
+    group.add_argument("--d-ff", type=whole, help="width of the plastic feed-forward, default by task")
+    group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0)
+    group.add_argument("--window", type=number(int, 0), default=0, help="attend to the last W steps, itself included; 0: all")
+    group.add_argument("--block-size", type=whole, help="learned positions, default: the episode's length")
+    group.add_argument("--filters", type=whole, default=64, help="images: filters of the Conv-4 encoder")
+    group = parser.add_argument_group("plasticity")
+    group.add_argument("--alpha-init", type=float, help="where alpha and beta start, default by rule")
+    group.add_argument("--eta0", type=number(float, 0, 1), default=0.2, help="largest rate of a write")
+    group.add_argument("--max-norm", type=number(float, 0), default=1.0, help="a larger write is scaled down; 0: never")
+    group.add_argument("--aux-dim", type=number(int, 0), default=4, help="gradient: auxiliary outputs of the head")
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=whole, help="updates, default by task")
+    group.add_argument("--batch-size", type=whole, help="episodes an update, default by task")
+    group.add_argument("--lr", type=positive, help="peak learning rate, default by task")
+    group.add_argument("--warmup-steps", type=number(int, 0), help="images: supervised updates of the encoder before")
+    group.add_argument("--seed", type=number(int, 0), default=0)
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast on CUDA")
+    group.add_argument("--out-dir", help="default: out/<task>-<rule>-s<seed>")
+    group.add_argument("--data-dir", default="data", help="where the image packs are, or are downloaded to")
+    group.add_argument("--eval-interval", type=whole, help="updates between evaluations, default: a tenth of --steps")
+    group.add_argument("--eval-batches", type=whole, default=10, help="validation batches an evaluation")
+    args = parser.parse_args(argv)
+    defaults = DEFAULTS[args.task]
+    for name in SIZES:
+        if getattr(args, name) is not None and name not in defaults:
+            fail(f"--{name.replace('_', '-')} is not a size of --task {args.task}")
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.warmup_steps and "ways" not in defaults:
+        fail(f"--warmup-steps warms up an image encoder, --task {args.task} has none")
+    args.alpha_init = ALPHA_INIT[args.rule] if args.alpha_init is None else args.alpha_init
+    args.eval_interval = args.eval_interval or max(1, args.steps // 10)
+    args.out_dir = args.out_dir or f"out/{args.task}-{args.rule}-s{args.seed}"
+    return args
+
+
+def pick_device(name, dtype="float32"):
+    """The torch device of --device; auto takes CUDA, then MPS, then the CPU. Raises ValueError for one that is absent."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    if not there[name]:
+        raise ValueError(f"--device {name}: this machine or this build of PyTorch has none, try --device cpu")
+    if dtype == "bfloat16" and name != "cuda":
+        raise ValueError(f"--dtype bfloat16 needs CUDA, the device is {name}")
+    return torch.device(name)
+
+
+def keep_freed_memory():
+    """Let glibc reuse large blocks: it maps and unmaps them by default, and on a CPU the page faults cost a third."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def warm_up(model, task, args, device, generator, say):
+    """Train the image encoder as a plain classifier of the training classes; the classifier's head is thrown away."""
+    encoder = model.embed.encoder
+    head = nn.Linear(encoder.d_out, task.n_classes("train")).to(device)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-3, weight_decay=WEIGHT_DECAY)
+    for step in range(1, args.warmup_steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * learning_rate(step, args.warmup_steps)
+        images, classes = task.sample_images(WARMUP_BATCH, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            logits = head(encoder(images.to(device)))
+            loss = F.cross_entropy(logits.float(), classes.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        say(step, lambda: f"encoder warm-up {step}/{args.warmup_steps}  loss {loss.item():.3f}  "
+            f"accuracy {(logits.argmax(-1).cpu() == classes).float().mean():.3f}")
+
+
+def learning_rate(step, steps):
+    """The schedule, as a share of the peak: linear warm-up, then a cosine down to 5%."""
+    return min(step / LR_WARMUP, 1.0) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+@torch.no_grad()
+def evaluate(model, task, split, n_episodes, batch_size, generator, device, dtype="float32"):
+    """Read n_episodes of a split and score them -> dict.
+
+    loss, score             means over the episodes
+    scores                  (n_episodes,) float64, one an episode
+    eta, write_norm         mean eta_t and eta_t * ||D_t||, None without plasticity
+    gates                   eta, d_norm and write of each step, lists of T means; None without plasticity
+    """
+    was_training = model.training
+    model.eval()
+    loss, scores, etas, d_norms = 0.0, [], [], []
+    for start in range(0, n_episodes, batch_size):
+        episodes = task.sample(split, min(batch_size, n_episodes - start), generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            out, gates = model(episodes)
+        loss += task.loss(out, episodes.target).item() * len(out) / n_episodes
+        scores.append(task.score(out, episodes.target).cpu())
+        if gates is not None:
+            etas.append(gates.eta.cpu())
+            d_norms.append(gates.d_norm.cpu())
+    model.train(was_training)
+    result = dict(loss=loss, scores=torch.cat(scores), eta=None, write_norm=None, gates=None)
+    result["score"] = result["scores"].mean().item()
+    if etas:
+        eta, d_norm = torch.cat(etas).double(), torch.cat(d_norms).double()  # (n_episodes, T) each
+        write = eta * d_norm
+        result.update(eta=eta.mean().item(), write_norm=write.mean().item(),
+                      gates={"eta": eta.mean(0).tolist(), "d_norm": d_norm.mean(0).tolist(), "write": write.mean(0).tolist()})
+    return result
+
+
+def save(path, **content):
+    """torch.save beside the place and rename, so that an interrupted write leaves the file before it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        torch.save(content, file)
+    os.replace(file.name, path)
+
+
+def say_every(seconds):
+    """A function that prints a line at most every few seconds, and the first and last whatever the time."""
+    last = -math.inf
+
+    def say(step, line, always=False):
+        nonlocal last
+        if always or time.time() - last >= seconds:
+            print(line(), flush=True)
+            last = time.time()
+
+    return say
+
+
+def train(args, task, model, device):
+    """The one loop, for every task and rule: update, and now and then say, evaluate and save."""
+    out_dir = Path(args.out_dir)
+    train_generator = random_generator(args.seed, "train")
+    say, began = say_every(5), time.time()
+    if args.warmup_steps:
+        warm_up(model, task, args, device, train_generator, say)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY)
+    best, losses, busy = None, [], 0.0  # losses and training seconds since the last evaluation
+    with open(out_dir / "metrics.jsonl", "w") as metrics:
+        for step in range(1, args.steps + 1):
+            started = time.time()
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * learning_rate(step, args.steps)
+            episodes = task.sample("train", args.batch_size, train_generator).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                out, gates = model(episodes)
+                loss = task.loss(out, episodes.target)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            losses.append(loss.item())
+            busy += time.time() - started
+            rate = args.batch_size * len(losses) / busy
+            say(step, lambda: f"step {step}/{args.steps}  loss {losses[-1]:.4f}  {task.metric} "
+                f"{task.score(out, episodes.target).mean():.4f}" + (f"  eta {gates.eta.mean():.4f}" if gates else "")
+                + f"  {rate:.0f} sequences/s  {(args.steps - step) * args.batch_size / rate:.0f} s left")
+            if step % args.eval_interval and step != args.steps:
+                continue
+            # the same validation episodes each time, so that the best is the best on equal terms
+            result = evaluate(model, task, "val", args.eval_batches * args.batch_size, args.batch_size,
+                              random_generator(args.seed, "val"), device, args.dtype)
+            row = dict(step=step, train_loss=sum(losses) / len(losses), val_loss=result["loss"],
+                       val_metric=result["score"], metric=task.metric, eta=result["eta"],
+                       write_norm=result["write_norm"], sequences_per_second=rate, seconds=time.time() - began)
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+            state = dict(args=vars(args), model=model.state_dict(), step=step, val_metric=result["score"])
+            if best is None or (result["score"] > best if task.higher_is_better else result["score"] < best):
+                best = result["score"]
+                save(out_dir / "best.pt", **state)
+            save(out_dir / "ckpt.pt", **state, optimizer=optimizer.state_dict())
+            print(f"step {step}/{args.steps}  validation loss {row['val_loss']:.4f}  {task.metric} "
+                  f"{row['val_metric']:.4f}  after {row['seconds']:.0f} s", flush=True)
+            losses, busy = [], 0.0
+    print(f"best validation {task.metric} {best:.4f}; now: python eval.py {out_dir}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    keep_freed_memory()
+    try:  # all that can be wrong with the arguments, before anything is written
+        device = pick_device(args.device, args.dtype)
+        torch.manual_seed(args.seed)
+        task = make_task(args)
+        model = build_model(args, task).to(device)
+        args.block_size = model.block_size  # eval.py may try longer episodes, the positions stay those trained
+        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        fail(error)
+    print(f"{args.task} with the rule {args.rule}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"on {device}, into {args.out_dir}", flush=True)
+    train(args, task, model, device)
+
+
+if __name__ == "__main__":
+    main()
