@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -141,7 +140,7 @@ def check_against_oracle(task, rule, **sizes):
     assert_close(out, expected, "the answer")
     if rule != "none":
         assert_close(gates.eta, eta[:, :gates.eta.size(1)], "eta")
-        assert eta.min() < 0.9 * eta.max(), "every eta is the same, so this shows too little"
+        assert eta.std() > 0.01 * eta.mean(), "every eta is the same, so this shows too little"
     ours, theirs = gradients(model, out), gradients(model, expected)
     for name in ours:
         assert ours[name] is not None and theirs[name] is not None, f"no gradient reaches {name}"
@@ -167,10 +166,10 @@ def test_oracle_with_queries():
 
 def test_oracle_with_and_without_clipping():
     for rule in ("hebbian", "gradient"):
-        for max_norm in (0, 1e-4, 1, 1e6):
-            gates = check_against_oracle(Copy(2, 2, 5), rule, max_norm=max_norm, eta0=0.7)
+        for max_norm in (0, 0.01, 1, 1e6):
+            gates = check_against_oracle(Copy(2, 2, 5), rule, max_norm=max_norm, eta0=0.1)
             clipped = (gates.d_norm > max_norm).double().mean().item() if max_norm else 0.0
-            assert clipped == {0: 0.0, 1e-4: 1.0, 1e6: 0.0}.get(max_norm, clipped)
+            assert clipped == {0: 0.0, 0.01: 1.0, 1e6: 0.0}.get(max_norm, clipped)
 
 
 def test_gradcheck():
@@ -310,19 +309,363 @@ def identify(images):
     return first[..., 0] * 256 + first[..., 1], first[..., 2] * 256 + first[..., 3], turns
 
 
+def test_copy_episodes():
+    task = Copy(seq_len=3, delay=4, vocab_size=6)
+    episodes = task.sample("train", 200, random_generator(0, "train"))
+    items, rest = episodes.support_x[:, :3], episodes.support_x[:, 3:]
+    assert episodes.support_x.shape == (200, 11) and (items == episodes.target).all()
+    assert sorted(items.unique().tolist()) == [1, 2, 3, 4]
+    assert (rest == torch.tensor([0, 0, 0, 0, 5, 0, 0, 0])).all()
+    # recall is scored at the last three steps, not at the blanks before
+    out = F.one_hot(torch.cat([torch.zeros(200, 8, dtype=torch.long), items], 1), 6).float()
+    assert task.score(out, episodes.target).eq(1).all() and task.score(out.roll(1, 1), episodes.target).mean() < 0.5
+
+
+def test_cue_episodes():
+    task = Cue(pairs=8, cues=20)
+    episodes = task.sample("train", 100, random_generator(0, "train"))
+    assert episodes.support_x.sum(-1).eq(1).all() and episodes.support_x.sum(1).le(1).all()  # one-hot, all different
+    for b in range(100):
+        reward = {x.argmax().item(): y.item() for x, y in zip(episodes.support_x[b], episodes.support_y[b])}
+        assert [reward[x.argmax().item()] for x in episodes.query_x[b]] == episodes.target[b, :, 0].tolist()
+    assert abs(episodes.target.mean() - 0.5) < 0.05 and 0 <= episodes.target.min() and episodes.target.max() <= 1
+    ordered = (episodes.query_x == episodes.support_x).all(-1).double().mean()
+    assert ordered < 0.2, "the queries come in the order of the pairs"
+
+
+def test_regression_episodes():
+    task = Regression(dim=3, support=10, queries=7)
+    episodes = draw(task, 500)
+    ones = torch.ones(500, 10, 1, dtype=torch.double)
+    fit = torch.linalg.lstsq(torch.cat([episodes.support_x, ones], -1), episodes.support_y).solution  # (B, dim + 1, 1)
+    answer = torch.cat([episodes.query_x, ones[:, :7]], -1) @ fit
+    assert task.loss(answer, episodes.target) < 1e-8  # least squares gives 0, guessing 0 gives 4
+    assert abs(task.loss(torch.zeros_like(answer), episodes.target).item() - 4) < 0.5
+
+
+def test_few_shot_episodes():
+    with fake_packs() as folder:
+        for name in ("omniglot", "cifarfs"):
+            task = FewShot(name, folder, ways=5, shots=2, queries=3)
+            seen = {}
+            for split in tasks.SPLITS:
+                episodes = task.sample(split, 40, random_generator(0, split))
+                assert episodes.support_x.shape[:2] == (40, 10) and episodes.query_x.shape[:2] == (40, 15)
+                images = torch.cat([episodes.support_x, episodes.query_x], 1)  # (B, 25, channels, size, size)
+                labels = torch.cat([episodes.support_y, episodes.target], 1)  # (B, 25)
+                flipped = images[..., 0, -1, -5:].flip(-1)[..., 4] == 255
+                straight = torch.where(flipped[..., None, None, None], images.flip(-1), images) if name == "cifarfs" else images
+                kind, number, turns = identify(straight)
+                for b in range(40):
+                    assert labels[b].bincount().tolist() == [5] * 5
+                    for label in range(5):
+                        one = labels[b] == label
+                        assert len({*zip(kind[b, one].tolist(), turns[b, one].tolist())}) == 1, "one label, two classes"
+                        assert len(number[b, one].unique()) == 5, "a support image is a query too"
+                    assert len({*zip(kind[b].tolist(), turns[b].tolist())}) == 5, "one class, two labels"
+                seen[split] = set(kind.flatten().tolist())
+                assert seen[split] <= set(task.class_ids[split])
+                if name == "omniglot":
+                    assert set(turns.flatten().tolist()) == ({0, 1, 2, 3} if split == "train" else {0})
+                else:
+                    assert flipped.any() == (split == "train") and not flipped.all()
+                for part in (episodes.support_y, episodes.target):  # sorted queries would give the class away
+                    assert (part.diff() >= 0).all(1).double().mean() < 0.2, "the labels come sorted"
+            assert not seen["train"] & seen["test"] and not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
+            images, classes = task.sample_images(50, random_generator(0, "train"))
+            flipped = images[..., 0, -1, -5:].flip(-1)[..., 4] == 255
+            kind, _, turns = identify(torch.where(flipped[:, None, None, None], images.flip(-1), images)
+                                      if name == "cifarfs" else images)
+            ids = torch.tensor(task.class_ids["train"])
+            assert (ids[classes % len(ids)] == kind).all()
+            assert name == "cifarfs" or (classes // len(ids) == turns).all()
+
+
+def test_class_splits():
+    with fake_packs() as folder:
+        for name, sizes in (("cifarfs", (64, 16, 20)), ("omniglot", (964 - 139, 139, 659))):
+            ids = FewShot(name, folder).class_ids  # the fake pack's last 5 alphabets have 4 x 33 + 7 characters
+            assert tuple(len(ids[split]) for split in tasks.SPLITS) == sizes
+            assert sorted(ids["train"] + ids["val"] + ids["test"]) == list(range(sum(sizes)))
+    assert len(set(tasks.CIFARFS_VAL)) == 16 and len(set(tasks.CIFARFS_TEST)) == 20
+
+
+def test_random_streams_are_apart():
+    draws = {(seed, split): torch.rand(4, generator=random_generator(seed, split)) for seed in range(5)
+             for split in tasks.SPLITS}
+    assert len({tuple(values.tolist()) for values in draws.values()}) == 15
+    assert torch.equal(draws[3, "val"], torch.rand(4, generator=random_generator(3, "val")))
+
+
+def test_packing_downloads():
+    """Packs what torchvision would have downloaded: small pictures laid out as the real data sets are."""
+    import numpy
+    import torchvision
+    from PIL import Image
+
+    class FakeCIFAR100:
+        classes = [f"c{i:03}" for i in range(100)]
+
+        def __init__(self, root, train, download):
+            assert download
+            n = 500 if train else 100
+            self.targets = [i % 100 for i in range(100 * n)]  # mixed, as in the real one
+            self.data = numpy.zeros((100 * n, 32, 32, 3), numpy.uint8)
+            self.data[:, 1, 2, 0] = self.targets
+            self.data[:, 3, 4, 2] = 0 if train else 1
+
+    class FakeOmniglot:
+        def __init__(self, root, background, download):
+            self.target_folder = Path(root) / ("images_background" if background else "images_evaluation")
+            for alphabet in ("Zulu", "Alpha") if background else ("Beta",):
+                for character in (2, 1):
+                    folder = self.target_folder / alphabet / f"character{character:02}"
+                    folder.mkdir(parents=True)
+                    for drawer in range(20):
+                        scan = Image.new("1", (105, 105), 1)  # white paper
+                        scan.paste(0, (0, 0, 15 * character, 15))  # black ink
+                        scan.save(folder / f"0001_{drawer + 1:02}.png")
+
+    real = torchvision.datasets.CIFAR100, torchvision.datasets.Omniglot
+    torchvision.datasets.CIFAR100, torchvision.datasets.Omniglot = FakeCIFAR100, FakeOmniglot
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            images, classes = tasks.pack_cifar100(folder)
+            assert images.shape == (100, 600, 3, 32, 32) and classes == FakeCIFAR100.classes
+            assert (images[:, :, 0, 1, 2] == torch.arange(100)[:, None]).all(), "an image stands in another class"
+            assert (images[:, :, 2, 3, 4] == (torch.arange(600) >= 500)).all(), "the training images come first"
+            with quiet():
+                tasks.make_pack(Path(folder) / "new" / "omniglot.pt", "omniglot")
+            pack = torch.load(Path(folder) / "new" / "omniglot.pt", weights_only=True)
+            assert pack["classes"] == [f"{a}/character0{c}" for a in ("Alpha", "Zulu", "Beta") for c in (1, 2)]
+            assert pack["images"].shape == (6, 20, 1, 28, 28) and pack["images"].dtype == torch.uint8
+            assert (pack["images"][..., 0, 0] == 255).all() and (pack["images"][..., 27, 27] == 0).all(), "ink is 255"
+            assert [p.name for p in (Path(folder) / "new").glob("*.tmp")] == []
+    finally:
+        torchvision.datasets.CIFAR100, torchvision.datasets.Omniglot = real
+
+
+def test_real_packs():
+    """The packs in ../shared/data, where they are there: the split that the README describes."""
+    folder = HERE.parent / "shared" / "data"
+    if not folder.is_dir():
+        raise Skip("no ../shared/data here")
+    ids = FewShot("omniglot", folder).class_ids
+    names = torch.load(folder / "omniglot.pt", weights_only=True, mmap=True)["classes"]
+    alphabets = {split: {names[i].split("/")[0] for i in ids[split]} for split in tasks.SPLITS}
+    assert [len(alphabets[split]) for split in tasks.SPLITS] == [25, 5, 20] and len(ids["test"]) == 659
+    assert max(alphabets["train"]) < min(alphabets["val"]) and not alphabets["train"] & alphabets["test"]
+    assert [len(FewShot("cifarfs", folder).class_ids[split]) for split in tasks.SPLITS] == [64, 16, 20]
+
+
+# ---------------------------------------------------------------- training and evaluation, as a user runs them
+
+class Skip(Exception):
+    """Raised by a test that cannot run here, with the reason."""
+
+
+@contextlib.contextmanager
+def quiet():
+    """Catch what is printed -> (stdout, stderr) as StringIO."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        yield out, err
+
+
+TINY = "--d-model 16 --d-ff 16 --n-head 2 --batch-size 8 --eval-batches 2 --device cpu".split()
+TINY_COPY = [*TINY, *"--task copy --seq-len 2 --delay 3 --vocab-size 6".split()]
+
+
+def run_train(*argv):
+    with quiet() as (out, _):
+        train.main([str(a) for a in argv])
+    return out.getvalue()
+
+
+def run_eval(*argv):
+    with quiet() as (out, _):
+        evaluation.main([str(a) for a in argv])
+    return out.getvalue()
+
+
+def refused(main, *argv):
+    """Run a command that must end in one line on stderr and exit status 2 -> that line."""
+    with quiet() as (_, err):
+        try:
+            main([str(a) for a in argv])
+        except SystemExit as stop:
+            assert stop.code == 2, f"exit status {stop.code}"
+        else:
+            raise AssertionError(f"{argv} was accepted")
+    line = err.getvalue()
+    assert line.startswith("error: ") and line.count("\n") == 1, f"not one clear line: {line!r}"
+    return line
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_same_command_same_numbers():
+    with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
+        small = [*TINY, "--steps", 4, "--eval-interval", 2]
+        for argv in ([*TINY_COPY, "--rule", "gradient", "--steps", 4, "--eval-interval", 2, "--dropout", 0.1],
+                     [*small, "--task", "cue", "--rule", "hebbian"],
+                     [*small, *"--task omniglot --rule hebbian --filters 4 --warmup-steps 3 --data-dir".split(), packs]):
+            rows = []
+            for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+                run_train(*argv, "--seed", seed, "--out-dir", f"{folder}/{run}")
+                rows.append([{k: v for k, v in row.items() if k not in ("seconds", "sequences_per_second")}
+                             for row in metrics_of(f"{folder}/{run}")])
+            assert rows[0] == rows[1] != rows[2]
+            assert [row["step"] for row in rows[0]] == [2, 4]
+            assert {"train_loss", "val_loss", "val_metric", "metric", "eta", "write_norm"} < rows[0][0].keys()
+
+
+def test_training_learns_to_copy():
+    """Fast weights alone (window 1) learn to recall one token over two blanks; the static model cannot."""
+    argv = [*TINY, *"--task copy --seq-len 1 --delay 1 --vocab-size 6 --window 1 --steps 150 --batch-size 16".split(),
+            *"--d-model 32 --d-ff 32 --lr 1e-2 --eval-interval 150".split()]
+    for rule, learns in (("none", False), ("hebbian", True), ("gradient", True)):
+        with tempfile.TemporaryDirectory() as folder:
+            run_train(*argv, "--rule", rule, "--out-dir", folder)
+            recall = metrics_of(folder)[-1]["val_metric"]
+            assert recall > 0.9 if learns else recall < 0.6, f"{rule}: recall {recall}"
+
+
+def test_evaluation_of_a_run():
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        run_train(*TINY_COPY, "--rule", "hebbian", "--steps", 4, "--eval-interval", 1, "--block-size", 9, "--out-dir", run)
+        best = max(metrics_of(run), key=lambda row: (row["val_metric"], -row["step"]))
+        text = run_eval(run, "--episodes", 30, "--json", f"{folder}/e.json")
+        (row,) = json.loads(Path(f"{folder}/e.json").read_text())
+        assert row["step"] == best["step"] and f"{row['score']:.5f} ± {row['interval']:.5f}" in text
+        assert len(row["tokens"]) == 8 and len(row["gates"]["write"]) == 7  # the last step writes nothing
+        # the figures again, from the model itself
+        task, model, args, _ = evaluation.load_run(run, torch.device("cpu"), {})
+        episodes = task.sample("test", 30, random_generator(0, "test"))
+        with torch.no_grad():
+            out, gates = model.eval()(episodes)
+        scores = (out[:, -2:].argmax(-1) == episodes.target).double().mean(1)
+        assert abs(row["score"] - scores.mean()) < 1e-6
+        assert abs(row["interval"] - 1.96 * scores.std() / 30**0.5) < 1e-6
+        write = (gates.eta * gates.d_norm).mean(0)
+        assert_close(torch.tensor(row["gates"]["write"]), write, "the mean write", 1e-5)
+        assert abs(row["selectivity"] - write[:2].mean() / write[2:].mean()) < 1e-4
+        assert abs(row["persistence"] - gates.eta.mean() / 0.2) < 1e-5
+        # other sizes: what fits is measured, what does not is refused
+        assert "delay 4" in run_eval(run, "--delay", 4, "--episodes", 10)
+        assert "positions" in refused(evaluation.main, run, "--delay", 5)
+        assert "--ways" in refused(evaluation.main, run, "--ways", 5)
+        # several runs: one row for both seeds
+        run_train(*TINY_COPY, "--rule", "hebbian", "--steps", 1, "--seed", 1, "--block-size", 9, "--out-dir", f"{folder}/b")
+        text = run_eval(run, f"{folder}/b", "--episodes", 10).splitlines()[-3:]
+        assert text[0].startswith("| task") and "| hebbian | 2 |" in text[2] and " ± " in text[2]
+
+
+def test_evaluation_with_fewer_classes():
+    with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
+        run_train(*TINY, *"--task omniglot --rule none --ways 4 --filters 4 --steps 1 --batch-size 2 --out-dir".split(), folder,
+                  "--data-dir", packs)
+        text = run_eval(folder, "--ways", 3, "--episodes", 4)
+        assert "ways 3" in text and "queries 15" in text
+        assert "--ways 5" in refused(evaluation.main, folder, "--ways", 5)
+
+
+def test_lesion_counts():
+    """A model that learned to carry a token in its fast weights loses it with them."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_train(*TINY, *"--task cue --pairs 2 --cues 3 --rule hebbian --window 1 --steps 200 --lr 1e-2".split(),
+                  *"--d-model 32 --d-ff 32 --out-dir".split(), folder)
+        run_eval(folder, "--episodes", 100, "--json", f"{folder}/e.json")
+        (row,) = json.loads(Path(f"{folder}/e.json").read_text())
+        assert row["score"] < 0.03 < 0.07 < row["lesion"], (row["score"], row["lesion"])
+
+
+def test_bad_arguments():
+    with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        for argv, said in (
+                ("--n-head 3 --d-model 64", "--n-head 3"), ("--task cue --pairs 9 --cues 8", "--pairs 9"),
+                ("--task omniglot --shots 6 --queries 15", "--shots 6"), ("--task cifarfs --ways 17", "--ways 17"),
+                ("--window -1", "--window"), ("--delay 40 --block-size 31", "--block-size"), ("--steps 0", "--steps"),
+                ("--steps ten", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--eta0 2", "--eta0"),
+                ("--alpha-init inf", "--alpha-init"), ("--max-norm -1", "--max-norm"), ("--dropout 1", "--dropout"),
+                ("--rule magic", "--rule"), ("--task cue --delay 3", "--delay"), ("--vocab-size 3", "--vocab-size"),
+                ("--warmup-steps 5", "--warmup-steps"), ("--dtype bfloat16 --device cpu", "--dtype"), ("--nonsense", "--nonsense"),
+                *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda")])):
+            assert said in refused(train.main, *argv.split(), "--out-dir", out, "--data-dir", packs), argv
+            assert not out.exists(), f"{argv} wrote something"
+        out.write_text("a file")
+        assert str(out) in refused(train.main, "--steps", 1, "--out-dir", out) and out.read_text() == "a file"
+        assert "no best.pt" in refused(evaluation.main, folder)
+
+
+def test_damaged_packs_and_checkpoints():
+    with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
+        argv = ["--task", "omniglot", "--data-dir", folder, "--out-dir", f"{folder}/run"]
+        pack, good = Path(folder) / "omniglot.pt", (Path(packs) / "omniglot.pt").read_bytes()
+        for content in (b"", b"not a pack", good[:len(good) // 2], good[:-100]):
+            pack.write_bytes(content)
+            assert "omniglot.pt" in refused(train.main, *argv) and pack.read_bytes() == content
+        for content in ([1, 2], {"images": torch.zeros(3, 20, 1, 28, 28, dtype=torch.uint8), "classes": list("abc")},
+                        {"images": torch.zeros(1623, 20, 1, 28, 28), "classes": ["a"] * 1623}, {"images": Surprise()}):
+            torch.save(content, pack)
+            assert "omniglot.pt" in refused(train.main, *argv)
+        run = Path(folder) / "copy"
+        run_train(*TINY_COPY, "--steps", 1, "--out-dir", run)
+        best = run / "best.pt"
+        good = best.read_bytes()
+        state = torch.load(best, weights_only=True)
+        for content in (b"", good[:-200], b"x" * 1000):
+            best.write_bytes(content)
+            assert "best.pt" in refused(evaluation.main, run)
+        for changed in (dict(args={**state["args"], "d_ff": 17}), dict(args={"task": "copy"}), dict(model={}),
+                        dict(args=Surprise())):
+            torch.save({**state, **changed}, best)
+            assert "best.pt" in refused(evaluation.main, run)
+        assert not Surprise.ran
+
+
+class Surprise:
+    """A pickle that runs code when it is loaded without weights_only."""
+
+    ran = []
+
+    def __reduce__(self):
+        return Surprise.ran.append, (1,)
+
+
+def test_commands_from_outside():
+    """The scripts as processes: exit status, streams, and a folder that is not the project's."""
+    with tempfile.TemporaryDirectory() as folder:
+        def command(*argv):
+            return subprocess.run([sys.executable, *map(str, argv)], cwd=folder, capture_output=True, text=True)
+
+        ran = command(HERE / "train.py", *TINY_COPY, "--rule", "none", "--steps", 2)
+        assert ran.returncode == 0 and "on cpu" in ran.stdout, ran.stderr
+        assert sorted(p.name for p in (Path(folder) / "out/copy-none-s0").iterdir()) == ["best.pt", "ckpt.pt", "metrics.jsonl"]
+        bad = command(HERE / "eval.py", "out/nowhere")
+        assert bad.returncode == 2 and bad.stderr == "error: out/nowhere has no best.pt: name a run directory that train.py wrote\n"
+
+
+
 def main():
     names = [name for name in globals() if name.startswith("test_")]
-    passed = failed = 0
+    passed = failed = skipped = 0
     for name in names:
         began = time.time()
         try:
             globals()[name]()
             passed += 1
             print(f"ok    {name}  {time.time() - began:.1f} s", flush=True)
+        except Skip as reason:
+            skipped += 1
+            print(f"skip  {name}: {reason}", flush=True)
         except Exception:
             failed += 1
             print(f"FAIL  {name}\n{traceback.format_exc()}", flush=True)
-    print(f"{passed} passed, {failed} failed")
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     sys.exit(1 if failed else 0)
 
 

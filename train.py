@@ -2,7 +2,7 @@
 
     python train.py --task copy --rule hebbian                     # about a minute on a 2-core CPU
     python train.py --task copy --rule gradient --window 8         # attention too short: fast weights must carry it
-    python train.py --task omniglot --rule hebbian --data-dir data # downloads and packs Omniglot the first time
+    python train.py --task omniglot --rule hebbian                 # downloads and packs Omniglot the first time
     python eval.py out/copy-hebbian-s0                             # what the trained model does, and how
 
 Writes into --out-dir: metrics.jsonl (one JSON object an evaluation), ckpt.pt (the last state) and best.pt (the best
@@ -28,7 +28,7 @@ from tasks import make_task, random_generator
 
 # Every task's own defaults: its sizes, then the model's, then the training's.
 SMALL = dict(d_model=64, d_ff=128, warmup_steps=0)
-IMAGES = dict(ways=5, shots=1, queries=15, d_model=128, d_ff=256, lr=1e-3, batch_size=8)
+IMAGES = dict(ways=5, shots=1, queries=5, d_model=128, d_ff=256, lr=1e-3, batch_size=16)
 DEFAULTS = {
     "copy": dict(seq_len=5, delay=20, vocab_size=10, **SMALL, steps=1000, batch_size=32, lr=3e-3),
     "cue": dict(pairs=8, cues=20, **SMALL, steps=1500, batch_size=32, lr=3e-3),
@@ -78,7 +78,7 @@ def add_size_flags(parser, names=SIZES):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    whole, positive = number(int, 1), number(float, 0, above=True)
+    whole = number(int, 1)
     parser.add_argument("--task", choices=DEFAULTS, default="copy")
     parser.add_argument("--rule", choices=RULES, default="hebbian")
     group = parser.add_argument_group("episodes (defaults by task)")
@@ -93,14 +93,14 @@ def parse_args(argv=None):
     group.add_argument("--block-size", type=whole, help="learned positions, default: the episode's length")
     group.add_argument("--filters", type=whole, default=64, help="images: filters of the Conv-4 encoder")
     group = parser.add_argument_group("plasticity")
-    group.add_argument("--alpha-init", type=float, help="where alpha and beta start, default by rule")
+    group.add_argument("--alpha-init", type=number(float, -1000, 1000), help="where alpha and beta start, default by rule")
     group.add_argument("--eta0", type=number(float, 0, 1), default=0.2, help="largest rate of a write")
     group.add_argument("--max-norm", type=number(float, 0), default=1.0, help="a larger write is scaled down; 0: never")
     group.add_argument("--aux-dim", type=number(int, 0), default=4, help="gradient: auxiliary outputs of the head")
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=whole, help="updates, default by task")
     group.add_argument("--batch-size", type=whole, help="episodes an update, default by task")
-    group.add_argument("--lr", type=positive, help="peak learning rate, default by task")
+    group.add_argument("--lr", type=number(float, 0, 1, above=True), help="peak learning rate, default by task")
     group.add_argument("--warmup-steps", type=number(int, 0), help="images: supervised updates of the encoder before")
     group.add_argument("--seed", type=number(int, 0), default=0)
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
