@@ -52,11 +52,11 @@ def load_run(run, device, overrides):
         if name != "data_dir" and trained.get(name) is None:
             raise ValueError(f"--{name.replace('_', '-')} is not a size of {args.task}, the task of {run}")
         setattr(args, name, value)
-    task = make_task(args)
     try:
+        task = make_task(args)
         model = build_model(args, task)
         model.load_state_dict(state["model"])
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{run}/best.pt does not fit the model its own arguments describe: "
                          + str(error).strip().split("\n")[-1].strip()) from error
     return task, model.to(device), args, state["step"]

@@ -160,6 +160,8 @@ class FewShot(Classification):
         fewest = min(len(ids) for ids in self.class_ids.values())
         if not 2 <= ways <= fewest:
             raise ValueError(f"--ways {ways}: {name} takes 2 to {fewest}, the classes of its smallest split")
+        if ways > self.n_out:
+            raise ValueError(f"--ways {ways} is more than the {self.n_out} classes the model was made for")
         if shots + queries > n_images:
             raise ValueError(f"--shots {shots} plus --queries {queries} is more than the {n_images} images a class has")
         self.context_length, self.n_positions = ways * shots, ways * shots + 1
