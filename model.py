@@ -164,7 +164,9 @@ class Transformer(nn.Module):
         self.rule, self.window = rule, window
         self.plasticity = Plasticity(rule, task.n_out, eta0, max_norm, aux_dim)
         self.embed = Embed(task, d_model, filters)
-        self.position = nn.Parameter(0.02 * torch.randn(self.block_size, d_model))  # (block_size, C)
+        # as large as the tokens where the order is what is learned (copy), else small: pairs may come in any order
+        scale = 1.0 if task.kind == "token" else 0.02
+        self.position = nn.Parameter(scale * torch.randn(self.block_size, d_model))  # (block_size, C)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(d_model, n_head, d_ff, window, dropout, rule, alpha_init) for _ in range(n_layer))
