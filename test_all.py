@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -618,6 +619,15 @@ def test_damaged_packs_and_checkpoints():
             torch.save({**state, **changed}, best)
             assert "best.pt" in refused(evaluation.main, run)
         assert not Surprise.ran
+
+
+def test_readme_names_every_flag():
+    """The README's table against the parser, both ways."""
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        train.parse_args(["--help"])
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text.getvalue())) - {"--help"}
+    table = set(re.findall(r"^\| `(--[a-z0-9-]+)` \|", (HERE / "README.md").read_text(), re.MULTILINE))
+    assert flags == table, f"not in both: {flags ^ table}"
 
 
 class Surprise:

@@ -31,8 +31,8 @@ SMALL = dict(d_model=64, d_ff=128, warmup_steps=0)
 IMAGES = dict(ways=5, shots=1, queries=5, d_model=128, d_ff=256, lr=1e-3, batch_size=16)
 DEFAULTS = {
     "copy": dict(seq_len=5, delay=20, vocab_size=10, **SMALL, steps=600, batch_size=32, lr=3e-3),
-    "cue": dict(pairs=8, cues=20, **SMALL, steps=1500, batch_size=32, lr=3e-3),
-    "regression": dict(dim=3, support=10, queries=10, **SMALL, steps=1500, batch_size=32, lr=3e-3),
+    "cue": dict(pairs=8, cues=20, **SMALL, steps=1000, batch_size=32, lr=3e-3),
+    "regression": dict(dim=3, support=10, queries=10, **SMALL, steps=2000, batch_size=64, lr=2e-3),
     "cifarfs": dict(**IMAGES, steps=800, warmup_steps=1000),
     "omniglot": dict(**IMAGES, steps=800, warmup_steps=0),
 }
