@@ -14,7 +14,6 @@ The splits of copy, cue and regression differ in their random numbers only; thos
 Sizes and protocol: Chaudhary 2025 (arXiv 2510.21908), but with class-disjoint splits and queries in random order.
 """
 import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -258,14 +257,21 @@ def make_pack(path, name):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         images, classes = (pack_cifar100 if name == "cifarfs" else pack_omniglot)(path.parent)
-        # written beside its place and then renamed, so that nobody ever finds half a pack
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            torch.save({"images": images, "classes": classes}, file)
-        os.replace(file.name, path)
+        save(path, {"images": images, "classes": classes})
     except (OSError, RuntimeError) as error:  # RuntimeError: torchvision's word for a failed or corrupt download
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"cannot download {name} into --data-dir {path.parent} ({reason}): check the network, "
                          f"or put {path.name} there") from error
+
+
+def save(path, content):
+    """torch.save beside the place, then rename: nobody ever finds half a file there, or loses the one before."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def pack_cifar100(root):

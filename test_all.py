@@ -281,6 +281,21 @@ def test_finite_where_inputs_and_writes_vanish():
                 assert parameter.grad is None or parameter.grad.isfinite().all(), f"{rule}, max_norm {max_norm}: {name}"
 
 
+def test_bfloat16_follows_float32():
+    for rule in RULES:
+        for task in (Copy(3, 4, 6), Cue(4, 6)):
+            torch.manual_seed(0)
+            model, episodes = Transformer(task, rule), task.sample("train", 8, random_generator(0, "train"))
+            exact, _ = model(episodes)
+            with torch.autocast("cpu", torch.bfloat16):
+                out, gates = model(episodes)
+                loss = task.loss(out, episodes.target)
+            loss.backward()
+            assert out.dtype == torch.float32 and (gates is None or gates.eta.dtype == torch.float32)
+            assert_close(out, exact, f"{rule} in bfloat16", 0.05)
+            assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 # ---------------------------------------------------------------- the tasks
 
 @contextlib.contextmanager
@@ -565,6 +580,15 @@ def test_evaluation_of_a_run():
         run_train(*TINY_COPY, "--rule", "hebbian", "--steps", 1, "--seed", 1, "--block-size", 9, "--out-dir", f"{folder}/b")
         text = run_eval(run, f"{folder}/b", "--episodes", 10).splitlines()[-3:]
         assert text[0].startswith("| task") and "| hebbian | 2 |" in text[2] and " ± " in text[2]
+
+
+def test_best_is_the_lowest_error():
+    with tempfile.TemporaryDirectory() as folder:
+        run_train(*TINY, *"--task regression --support 3 --rule none --steps 6 --eval-interval 1 --lr 0.5 --out-dir".split(), folder)
+        errors = [row["val_metric"] for row in metrics_of(folder)]
+        state, _ = evaluation.load_checkpoint(f"{folder}/best.pt")
+        last, _ = evaluation.load_checkpoint(f"{folder}/ckpt.pt")
+        assert state["step"] == 1 + errors.index(min(errors)) and last["step"] == 6 and len(set(errors)) == 6
 
 
 def test_evaluation_with_fewer_classes():

@@ -12,9 +12,7 @@ import argparse
 import ctypes
 import json
 import math
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from torch.nn import functional as F
 
 from model import build_model
 from plasticity import RULES
-from tasks import make_task, random_generator
+from tasks import make_task, random_generator, save
 
 # Every task's own defaults: its sizes, then the model's, then the training's.
 SMALL = dict(d_model=64, d_ff=128, warmup_steps=0)
@@ -201,13 +199,6 @@ def evaluate(model, task, split, n_episodes, batch_size, generator, device, dtyp
     return result
 
 
-def save(path, **content):
-    """torch.save beside the place and rename, so that an interrupted write leaves the file before it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        torch.save(content, file)
-    os.replace(file.name, path)
-
-
 def say_every(seconds):
     """A function that prints a line at most every few seconds, and the first and last whatever the time."""
     last = -math.inf
@@ -262,8 +253,8 @@ def train(args, task, model, device):
             state = dict(args=vars(args), model=model.state_dict(), step=step, val_metric=result["score"])
             if best is None or (result["score"] > best if task.higher_is_better else result["score"] < best):
                 best = result["score"]
-                save(out_dir / "best.pt", **state)
-            save(out_dir / "ckpt.pt", **state, optimizer=optimizer.state_dict())
+                save(out_dir / "best.pt", state)
+            save(out_dir / "ckpt.pt", {**state, "optimizer": optimizer.state_dict()})
             print(f"step {step}/{args.steps}  validation loss {row['val_loss']:.4f}  {task.metric} "
                   f"{row['val_metric']:.4f}  after {row['seconds']:.0f} s", flush=True)
             losses, busy = [], 0.0
