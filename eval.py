@@ -62,6 +62,19 @@ def load_run(run, device, overrides):
     return task, model.to(device), args, state["step"]
 
 
+def learning_curve(run):
+    """The rows of a run's metrics.jsonl. Raises ValueError where there are none or one is damaged."""
+    path = Path(run) / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [{name: row[name] for name in ("step", "val_metric", "seconds")} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a readable log of train.py ({error})") from error
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    return rows
+
+
 def measure(run, options, device):
     """Everything eval.py says of one run, as a dict that JSON can hold."""
     task, model, args, step = load_run(run, device, options.overrides)
@@ -74,8 +87,8 @@ def measure(run, options, device):
     sizes = {name: getattr(args, name) for name in ("seq_len", "delay", "pairs", "cues", "dim", "support", "ways", "shots",
                                                     "queries") if getattr(args, name, None) is not None}
     row = dict(run=str(run), task=args.task, rule=args.rule, window=args.window, seed=args.seed, sizes=sizes, step=step,
-               metric=task.metric, episodes=options.episodes, score=result["score"], interval=interval(result["scores"]),
-               loss=result["loss"], eta=result["eta"], write_norm=result["write_norm"], gates=result["gates"])
+               minutes=learning_curve(run)[-1]["seconds"] / 60, metric=task.metric, episodes=options.episodes,
+               interval=interval(result["scores"]), **{k: result[k] for k in ("score", "loss", "eta", "write_norm", "gates")})
     if result["gates"]:
         model.plasticity.eta0 = 0.0  # the lesion: nothing is ever written
         lesioned = test()
@@ -115,8 +128,8 @@ def table(rows):
     for row in rows:
         key = (row["task"], " ".join(str(v) for v in row["sizes"].values()), row["window"], row["rule"])
         groups.setdefault(key, []).append(row)
-    yield "| task | sizes | window | rule | seeds | metric | test | lesioned | persistence | selectivity | write |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield "| task | sizes | window | rule | seeds | metric | test | lesioned | persistence | selectivity | write | minutes |"
+    yield "|" + " --- |" * 12
     for (name, _, window, rule), group in groups.items():
         sizes = ", ".join(f"{k} {v}" for k, v in group[0]["sizes"].items())
 
@@ -130,7 +143,7 @@ def table(rows):
         digits = 3 if group[0]["metric"] == "accuracy" else 5
         yield (f"| {name} | {sizes} | {window or 'all'} | {rule} | {len(group)} | {group[0]['metric']} | "
                f"{cell('score', digits)} | {cell('lesion', digits)} | {cell('persistence', 3)} | "
-               f"{cell('selectivity', 2)} | {cell('write_norm', 4)} |")
+               f"{cell('selectivity', 2)} | {cell('write_norm', 3)} | {cell('minutes', 1)} |")
 
 
 def plot(rows, path):
@@ -142,7 +155,7 @@ def plot(rows, path):
     figure, (curves, gates) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for row in rows:
         name = f"{row['task']} {row['rule']}, window {row['window'] or 'all'}, seed {row['seed']}"
-        lines = [json.loads(line) for line in (Path(row["run"]) / "metrics.jsonl").read_text().splitlines()]
+        lines = learning_curve(row["run"])
         curves.plot([line["step"] for line in lines], [line["val_metric"] for line in lines], label=name)
         if row["gates"]:
             gates.plot(row["gates"]["write"], label=name)

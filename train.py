@@ -25,12 +25,12 @@ from plasticity import RULES
 from tasks import make_task, random_generator, save
 
 # Every task's own defaults: its sizes, then the model's, then the training's.
-SMALL = dict(d_model=64, d_ff=128, warmup_steps=0)
-IMAGES = dict(ways=5, shots=1, queries=5, d_model=128, d_ff=256, lr=1e-3, batch_size=16)
+SMALL = dict(n_layer=2, d_model=64, d_ff=128, warmup_steps=0)
+IMAGES = dict(ways=5, shots=1, queries=5, n_layer=2, d_model=128, d_ff=256, lr=1e-3, batch_size=16)
 DEFAULTS = {
     "copy": dict(seq_len=5, delay=20, vocab_size=10, **SMALL, steps=600, batch_size=32, lr=3e-3),
     "cue": dict(pairs=8, cues=20, **SMALL, steps=1000, batch_size=32, lr=3e-3),
-    "regression": dict(dim=3, support=10, queries=10, **SMALL, steps=2000, batch_size=64, lr=2e-3),
+    "regression": dict(dim=3, support=10, queries=10, **{**SMALL, "n_layer": 4}, steps=1500, batch_size=32, lr=1e-3),
     "cifarfs": dict(**IMAGES, steps=800, warmup_steps=1000),
     "omniglot": dict(**IMAGES, steps=800, warmup_steps=0),
 }
@@ -82,7 +82,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("episodes (defaults by task)")
     add_size_flags(group)
     group = parser.add_argument_group("model")
-    group.add_argument("--n-layer", type=whole, default=2)
+    group.add_argument("--n-layer", type=whole, help="default by task")
     group.add_argument("--n-head", type=whole, default=4)
     group.add_argument("--d-model", type=whole, help="default by task")
     group.add_argument("--d-ff", type=whole, help="width of the plastic feed-forward, default by task")
