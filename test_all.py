@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -591,6 +592,14 @@ def test_best_is_the_lowest_error():
         assert state["step"] == 1 + errors.index(min(errors)) and last["step"] == 6 and len(set(errors)) == 6
 
 
+def test_validation_episodes_stay_the_same():
+    with tempfile.TemporaryDirectory() as folder:
+        run_train(*TINY, *"--task cue --rule none --steps 3 --eval-interval 1 --lr 1e-12 --out-dir".split(), folder)
+        rows = metrics_of(folder)
+        assert max(row["val_loss"] for row in rows) - min(row["val_loss"] for row in rows) < 1e-6, "validation was redrawn"
+        assert len({row["train_loss"] for row in rows}) == 3
+
+
 def test_evaluation_with_fewer_classes():
     with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
         run_train(*TINY, *"--task omniglot --rule none --ways 4 --filters 4 --steps 1 --batch-size 2 --out-dir".split(), folder,
@@ -622,12 +631,13 @@ def test_bad_arguments():
 def test_damaged_packs_and_checkpoints():
     with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
         argv = ["--task", "omniglot", "--data-dir", folder, "--out-dir", f"{folder}/run"]
+        surprise = Path(folder) / "surprise"
         pack, good = Path(folder) / "omniglot.pt", (Path(packs) / "omniglot.pt").read_bytes()
         for content in (b"", b"not a pack", good[:len(good) // 2], good[:-100]):
             pack.write_bytes(content)
             assert "omniglot.pt" in refused(train.main, *argv) and pack.read_bytes() == content
         for content in ([1, 2], {"images": torch.zeros(3, 20, 1, 28, 28, dtype=torch.uint8), "classes": list("abc")},
-                        {"images": torch.zeros(1623, 20, 1, 28, 28), "classes": ["a"] * 1623}, {"images": Surprise()}):
+                        {"images": torch.zeros(1623, 20, 1, 28, 28), "classes": ["a"] * 1623}, {"images": Surprise(surprise)}):
             torch.save(content, pack)
             assert "omniglot.pt" in refused(train.main, *argv)
         run = Path(folder) / "copy"
@@ -639,10 +649,10 @@ def test_damaged_packs_and_checkpoints():
             best.write_bytes(content)
             assert "best.pt" in refused(evaluation.main, run)
         for changed in (dict(args={**state["args"], "d_ff": 17}), dict(args={"task": "copy"}), dict(model={}),
-                        dict(args=Surprise())):
+                        dict(args=Surprise(surprise))):
             torch.save({**state, **changed}, best)
             assert "best.pt" in refused(evaluation.main, run)
-        assert not Surprise.ran
+        assert not surprise.exists(), "a file that was loaded ran code"
 
 
 def test_readme_names_every_flag():
@@ -655,12 +665,13 @@ def test_readme_names_every_flag():
 
 
 class Surprise:
-    """A pickle that runs code when it is loaded without weights_only."""
+    """A pickle that makes a folder when it is loaded without weights_only."""
 
-    ran = []
+    def __init__(self, folder):
+        self.folder = str(folder)
 
     def __reduce__(self):
-        return Surprise.ran.append, (1,)
+        return os.mkdir, (self.folder,)
 
 
 def test_commands_from_outside():
