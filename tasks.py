@@ -55,8 +55,8 @@ class Classification:
         return F.cross_entropy(out[:, -target.size(1):].flatten(0, 1), target.flatten())
 
     def score(self, out, target):
-        """-> (B,), one accuracy an episode."""
-        return (out[:, -target.size(1):].argmax(-1) == target).double().mean(1)
+        """-> (B,), one accuracy an episode; on the CPU, as MPS has no double precision."""
+        return (out[:, -target.size(1):].argmax(-1) == target).cpu().double().mean(1)
 
 
 class SquaredError:
@@ -69,7 +69,7 @@ class SquaredError:
 
     def score(self, out, target):
         """-> (B,), one error an episode."""
-        return (out - target).double().square().mean((1, 2))
+        return (out - target).cpu().double().square().mean((1, 2))
 
 
 class Copy(Classification):

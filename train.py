@@ -158,7 +158,7 @@ def warm_up(model, task, args, device, generator, say):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        say(step, lambda: f"encoder warm-up {step}/{args.warmup_steps}  loss {loss.item():.3f}  "
+        say(lambda: f"encoder warm-up {step}/{args.warmup_steps}  loss {loss.item():.3f}  "
             f"accuracy {(logits.argmax(-1).cpu() == classes).float().mean():.3f}")
 
 
@@ -184,7 +184,7 @@ def evaluate(model, task, split, n_episodes, batch_size, generator, device, dtyp
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             out, gates = model(episodes)
         loss += task.loss(out, episodes.target).item() * len(out) / n_episodes
-        scores.append(task.score(out, episodes.target).cpu())
+        scores.append(task.score(out, episodes.target))
         if gates is not None:
             etas.append(gates.eta.cpu())
             d_norms.append(gates.d_norm.cpu())
@@ -200,12 +200,12 @@ def evaluate(model, task, split, n_episodes, batch_size, generator, device, dtyp
 
 
 def say_every(seconds):
-    """A function that prints a line at most every few seconds, and the first and last whatever the time."""
+    """A function that prints the line it is given (as a function), but at most one every few seconds."""
     last = -math.inf
 
-    def say(step, line, always=False):
+    def say(line):
         nonlocal last
-        if always or time.time() - last >= seconds:
+        if time.time() - last >= seconds:
             print(line(), flush=True)
             last = time.time()
 
@@ -237,7 +237,7 @@ def train(args, task, model, device):
             losses.append(loss.item())
             busy += time.time() - started
             rate = args.batch_size * len(losses) / busy
-            say(step, lambda: f"step {step}/{args.steps}  loss {losses[-1]:.4f}  {task.metric} "
+            say(lambda: f"step {step}/{args.steps}  loss {losses[-1]:.4f}  {task.metric} "
                 f"{task.score(out, episodes.target).mean():.4f}" + (f"  eta {gates.eta.mean():.4f}" if gates else "")
                 + f"  {rate:.0f} sequences/s  {(args.steps - step) * args.batch_size / rate:.0f} s left")
             if step % args.eval_interval and step != args.steps:
