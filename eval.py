@@ -156,9 +156,9 @@ def plot(rows, path):
     for row in rows:
         name = f"{row['task']} {row['rule']}, window {row['window'] or 'all'}, seed {row['seed']}"
         lines = learning_curve(row["run"])
-        curves.plot([line["step"] for line in lines], [line["val_metric"] for line in lines], label=name)
+        (curve,) = curves.plot([line["step"] for line in lines], [line["val_metric"] for line in lines], label=name)
         if row["gates"]:
-            gates.plot(row["gates"]["write"], label=name)
+            gates.plot(row["gates"]["write"], color=curve.get_color())
     if all(row["metric"] == "mse" for row in rows):
         curves.set_yscale("log")
     curves.set(xlabel="update", ylabel="validation " + " / ".join(sorted({row["metric"] for row in rows})))
