@@ -18,7 +18,7 @@ import torch
 
 from model import build_model
 from tasks import make_task, random_generator
-from train import add_size_flags, evaluate, fail, keep_freed_memory, number, pick_device
+from train import add_size_flags, evaluate, fail, number, pick_device, prepare_cpu
 
 
 def interval(scores):
@@ -176,6 +176,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=number(int, 1), default=20)
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the test episodes")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--threads", type=number(int, 1), default=1, help="CPU threads")
     parser.add_argument("--data-dir", help="default: where the run had it")
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     parser.add_argument("--plot", metavar="FILE.png", help="draw learning curves and gates (needs matplotlib)")
@@ -190,7 +191,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     options = parse_args(argv)
-    keep_freed_memory()
+    prepare_cpu(options.threads)
     try:
         device = pick_device(options.device)
         rows = []

@@ -1,6 +1,6 @@
 """Train a plastic Transformer on any task with any rule.
 
-    python train.py --task copy --rule hebbian                     # about a minute on a 2-core CPU
+    python train.py --task copy --rule hebbian                     # a few minutes on a 2-core CPU
     python train.py --task copy --rule gradient --window 8         # attention too short: fast weights must carry it
     python train.py --task omniglot --rule hebbian                 # downloads and packs Omniglot the first time
     python eval.py out/copy-hebbian-s0                             # what the trained model does, and how
@@ -28,7 +28,7 @@ from tasks import make_task, random_generator, save
 SMALL = dict(n_layer=2, d_model=64, d_ff=128, warmup_steps=0)
 IMAGES = dict(ways=5, shots=1, queries=5, n_layer=2, d_model=128, d_ff=256, lr=1e-3, batch_size=16)
 DEFAULTS = {
-    "copy": dict(seq_len=5, delay=20, vocab_size=10, **SMALL, steps=600, batch_size=32, lr=3e-3),
+    "copy": dict(seq_len=5, delay=20, vocab_size=10, **SMALL, steps=400, batch_size=32, lr=3e-3),
     "cue": dict(pairs=8, cues=20, **SMALL, steps=1000, batch_size=32, lr=3e-3),
     "regression": dict(dim=3, support=10, queries=10, **{**SMALL, "n_layer": 4}, steps=1500, batch_size=32, lr=1e-3),
     "cifarfs": dict(**IMAGES, steps=800, warmup_steps=1000),
@@ -102,6 +102,7 @@ def parse_args(argv=None):
     group.add_argument("--warmup-steps", type=number(int, 0), help="images: supervised updates of the encoder before")
     group.add_argument("--seed", type=number(int, 0), default=0)
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    group.add_argument("--threads", type=whole, default=1, help="CPU threads; more slow the many small operations down")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast on CUDA")
     group.add_argument("--out-dir", help="default: out/<task>-<rule>-s<seed>")
     group.add_argument("--data-dir", default="data", help="where the image packs are, or are downloaded to")
@@ -135,8 +136,9 @@ def pick_device(name, dtype="float32"):
     return torch.device(name)
 
 
-def keep_freed_memory():
-    """Let glibc reuse large blocks: it maps and unmaps them by default, and on a CPU the page faults cost a third."""
+def prepare_cpu(threads):
+    """Limit PyTorch's threads, and let glibc reuse large blocks, which it maps and unmaps by default: page faults cost a third."""
+    torch.set_num_threads(threads)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
@@ -263,7 +265,7 @@ def train(args, task, model, device):
 
 def main(argv=None):
     args = parse_args(argv)
-    keep_freed_memory()
+    prepare_cpu(args.threads)
     try:  # all that can be wrong with the arguments, before anything is written
         device = pick_device(args.device, args.dtype)
         torch.manual_seed(args.seed)
