@@ -600,6 +600,25 @@ def test_validation_episodes_stay_the_same():
         assert len({row["train_loss"] for row in rows}) == 3
 
 
+def test_gradients_are_clipped():
+    """The norm the optimizer sees is CLIP where the gradient is larger."""
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.stack([grad.norm() for grad in grads]).norm().item())
+        return step(self, *args, **kwargs)
+
+    torch.optim.AdamW.step = watched
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # targets of a variance near 31 make gradients far larger than 1
+            run_train(*TINY, *"--task regression --dim 30 --rule none --steps 3 --out-dir".split(), folder)
+    finally:
+        torch.optim.AdamW.step = step
+    assert len(norms) == 3 and all(0.99 * train.CLIP < norm < 1.01 * train.CLIP for norm in norms), norms
+
+
 def test_evaluation_with_fewer_classes():
     with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
         run_train(*TINY, *"--task omniglot --rule none --ways 4 --filters 4 --steps 1 --batch-size 2 --out-dir".split(), folder,
