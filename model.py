@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from plasticity import FastWeights, Plasticity, PlasticLinear
+from plasticity import FastWeights, Plasticity, PlasticLinear, SharedMatrix
 
 LABEL_SCALE = 4.0  # one-hot labels times 4 stand on one scale with a layer-normed embedding, see README
 
@@ -86,59 +86,105 @@ class Embed(nn.Module):
         return tokens[:, :n_support], tokens[:, n_support:]
 
 
-class Attention(nn.Module):
-    """Multi-head attention of a chunk of steps to the steps before the chunk and, as `mask` says, to its own.
+class Cache:
+    """The keys and values of the context steps that one block has read step by step; no step that left the window.
 
-    With a window W > 0 a step sees the last W steps, itself included.
+    Appending a step to S others copies all of them, so it is appended to at most `fold` others. These then join the
+    rest, which does not change for the next `fold` steps and is a plasticity.SharedMatrix, as folded fast weights are.
     """
 
-    def __init__(self, d_model, n_head, window, dropout):
+    def __init__(self, window, fold):
+        self.window, self.fold = window, fold
+        self.learning = torch.is_grad_enabled()  # else, as for fast weights: no history for the outer gradient
+        self.k = self.v = None  # (B, H, S, C/H) each: the last S steps
+        self.rest = None  # keys (S', C/H) and, transposed, values (C/H, S') of the S' steps before, for each of (B, H)
+
+    def append(self, k, v):
+        """k, v (B, H, 1, C/H): of the present step."""
+        if self.k is not None and self.k.size(2) == self.fold and not 0 < self.window <= self.fold:
+            k_rest, v_rest = (seen[:, :, -self.window:] for seen in self.past())  # -0: all
+            self.rest = SharedMatrix(k_rest, self.fold), SharedMatrix(v_rest.mT, self.fold)
+            self.k = self.v = None
+        if self.k is not None:
+            k, v = torch.cat([self.k, k], dim=2)[:, :, -self.window:], torch.cat([self.v, v], dim=2)[:, :, -self.window:]
+        self.k, self.v = k, v
+
+    def attend(self, q, dropout):
+        """q (B, H, 1, C/H) of the step just appended -> (B, H, 1, C/H).
+
+        softmax(q kᵀ / sqrt(C/H)) v, written out because the gradient rule differentiates it twice, which PyTorch's
+        fused attention cannot do.
+        """
+        scores = q @ self.k.mT  # (B, H, 1, S)
+        if self.rest is not None:
+            old = self.rest[0].read(q)  # (B, H, 1, S')
+            left = max(0, old.size(3) + scores.size(3) - self.window) if self.window else 0  # how many left the window
+            scores = torch.cat([old[..., left:], scores], dim=3)
+        weights = dropout((scores / math.sqrt(q.size(-1))).softmax(-1))
+        S = self.k.size(2)
+        out = weights[..., -S:] @ self.v
+        if self.rest is not None:
+            out = out + self.rest[1].read(F.pad(weights[..., :-S], (left, 0)))
+        if not self.learning:
+            self.k, self.v = self.k.detach(), self.v.detach()
+        return out
+
+    def past(self):
+        """Keys and values (B, H, S, C/H) of all steps held."""
+        if self.rest is None:
+            return self.k, self.v
+        k, v = self.rest[0].matrix, self.rest[1].matrix.mT
+        return torch.cat([k, self.k], dim=2), torch.cat([v, self.v], dim=2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, of many steps at once or of one step to a cache of those before it."""
+
+    def __init__(self, d_model, n_head, dropout):
         super().__init__()
-        self.n_head, self.window = n_head, window
+        self.n_head = n_head
         self.qkv = nn.Linear(d_model, 3 * d_model)
         with torch.no_grad():  # queries start equal to keys, so that a step first attends to what looks like it:
             self.qkv.weight[d_model:2 * d_model] = self.qkv.weight[:d_model]  # matching is found in half the updates
         self.proj = nn.Linear(d_model, d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, past, mask):
-        """x (B, T, C); past: keys and values (B, H, S, C/H) of the S steps before, or None; mask (T, T): may attend,
-        or None for a single step.
+    def forward(self, x, mask=None, past=None, cache=None):
+        """x (B, T, C) -> (B, T, C), and the keys and values (B, H, T, C/H) of x.
 
-        -> (B, T, C), and the keys and values with those of the chunk appended.
+        Many steps: they attend to `past`, keys and values (B, H, S, C/H) of S steps before them (or None), and among
+        themselves as `mask` (T, S + T) says. One step: it attends to all in `cache`, to which it is added.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
-        if past is not None:
-            start = max(0, past[0].size(2) - self.window + 1) if self.window else 0  # the window's W - 1 past steps
-            k = torch.cat([past[0][:, :, start:], k], dim=2)  # (B, H, S + T, C/H)
-            v = torch.cat([past[1][:, :, start:], v], dim=2)
-        # softmax(q kᵀ / sqrt(C/H)) v, written out because the gradient rule differentiates it twice,
-        # which PyTorch's fused attention cannot do
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S + T)
-        if mask is not None:
-            mask = F.pad(mask, (k.size(2) - x.size(1), 0), value=True)  # (T, S + T): all of the past, then the chunk
-            scores = scores.masked_fill(~mask, -math.inf)
-        weights = self.dropout(scores.softmax(-1))
-        out = (weights @ v).transpose(1, 2).flatten(2)  # (B, T, C)
-        return self.dropout(self.proj(out)), (k, v)
+        if cache is not None:
+            cache.append(k, v)
+            out = cache.attend(q, self.dropout)  # (B, H, 1, C/H)
+        else:
+            keys, values = (k, v) if past is None else (torch.cat(pair, dim=2) for pair in zip(past, (k, v)))
+            dropout = self.dropout.p if self.training else 0.0
+            out = F.scaled_dot_product_attention(q, keys, values, mask, dropout)  # (B, H, T, C/H)
+        return self.dropout(self.proj(out.transpose(1, 2).flatten(2))), (k, v)
 
 
 class Block(nn.Module):
     """Attention, then the feed-forward whose two linear layers are plastic, each behind a layer norm."""
 
-    def __init__(self, d_model, n_head, d_ff, window, dropout, rule, alpha_init):
+    def __init__(self, d_model, n_head, d_ff, dropout, rule, alpha_init, outer):
         super().__init__()
         self.norm1 = nn.LayerNorm(d_model)
-        self.attention = Attention(d_model, n_head, window, dropout)
+        self.attention = Attention(d_model, n_head, dropout)
         self.norm2 = nn.LayerNorm(d_model)
-        self.up = PlasticLinear(d_model, d_ff, rule, alpha_init)
-        self.down = PlasticLinear(d_ff, d_model, rule, alpha_init)
+        self.up = PlasticLinear(d_model, d_ff, rule, alpha_init, outer)
+        self.down = PlasticLinear(d_ff, d_model, rule, alpha_init, outer)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, past, mask, fast):
-        attended, past = self.attention(self.norm1(x), past, mask)
-        x = x + attended  # (B, T, C)
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x), fast)), fast)), past
+    def attend(self, x, *seen):
+        """x (B, T, C) -> (B, T, C), and the keys and values of x. `seen`: see Attention."""
+        out, kv = self.attention(self.norm1(x), *seen)
+        return x + out, kv
+
+    def feed_forward(self, x, fast=None):
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x), fast)), fast))  # (B, T, C)
 
 
 class Transformer(nn.Module):
@@ -148,12 +194,13 @@ class Transformer(nn.Module):
     rule         none, hebbian or gradient
     window       a step attends to the last `window` steps, itself included; 0: to all
     block_size   learned absolute positions; the queries of an episode all stand right after its context
+    outer        alpha has rank one; fold: steps between two folds, 0 for none. Neither changes what a rule means.
     alpha_init, eta0, max_norm, aux_dim    plasticity.py
     Raises ValueError where sizes do not fit.
     """
 
     def __init__(self, task, rule, n_layer=2, n_head=4, d_model=64, d_ff=128, dropout=0.0, window=0, block_size=None,
-                 filters=64, alpha_init=1.0, eta0=0.2, max_norm=1.0, aux_dim=4):
+                 filters=64, alpha_init=1.0, outer=False, fold=16, eta0=0.2, max_norm=1.0, aux_dim=4):
         super().__init__()
         if d_model % n_head:
             raise ValueError(f"--n-head {n_head} must divide --d-model {d_model}")
@@ -163,7 +210,7 @@ class Transformer(nn.Module):
         if task.n_positions > self.block_size:
             raise ValueError(f"an episode of this task takes {task.n_positions} positions, --block-size gives "
                              f"{self.block_size}: make the episode shorter or --block-size larger")
-        self.rule, self.window = rule, window
+        self.rule, self.window, self.fold = rule, window, fold
         self.plasticity = Plasticity(rule, task.n_out, eta0, max_norm, aux_dim)
         self.embed = Embed(task, d_model, filters)
         # as large as the tokens where the order is what is learned (copy), else small: pairs may come in any order
@@ -171,7 +218,7 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(scale * torch.randn(self.block_size, d_model))  # (block_size, C)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(d_model, n_head, d_ff, window, dropout, rule, alpha_init) for _ in range(n_layer))
+            Block(d_model, n_head, d_ff, dropout, rule, alpha_init, outer) for _ in range(n_layer))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, self.plasticity.n_head_rows)
 
@@ -183,44 +230,62 @@ class Transformer(nn.Module):
         """
         context, queries = self.embed(episodes)  # (B, T, C), (B, Q, C)
         T = context.size(1)
-        context = self.dropout(context + self.position[:T])
-        fast = None if self.rule == "none" else FastWeights(self.plasticity)
-        chunk = T if fast is None and not stepwise else 1  # steps read at a time
-        caches = [None] * len(self.blocks)
-        steps = torch.arange(chunk, device=context.device)
-        age = steps[:, None] - steps  # (chunk, chunk): how many steps ago
-        causal = (age >= 0) & (age < (self.window or T)) if chunk > 1 else None
-        outputs = []
-        # the gradient rule needs the derivatives of its internal loss in evaluation too
-        with torch.set_grad_enabled(torch.is_grad_enabled() or self.rule == "gradient"):
-            for t, x in enumerate(context.split(chunk, dim=1)):
-                z, caches = self.read(x, caches, causal, fast)  # (B, chunk, Z)
-                outputs.append(z[..., :self.plasticity.n_out])
-                if fast is not None and (queries is not None or t + 1 < T):  # nobody reads a last step's write
-                    fast.write(z)
-                    if not fast.learning:
-                        caches = [(k.detach(), v.detach()) for k, v in caches]
-        if queries is None:
-            out = torch.cat(outputs, dim=1)  # (B, T, n_out)
+        steps = torch.arange(T, device=context.device)
+        age = steps[:, None] - steps  # (T, T): how many steps ago
+        causal = (age >= 0) & (age < (self.window or T))
+        x = self.dropout(context + self.position[:T])
+        fast = None if self.rule == "none" else FastWeights(self.plasticity, self.fold)
+        if fast is None and not stepwise:
+            past = []
+            for block in self.blocks:
+                x, kv = block.attend(x, causal)
+                x = block.feed_forward(x)
+                past.append(kv)
+            z = self.logits(x)  # (B, T, Z)
         else:
-            queries = self.dropout(queries + self.position[T])  # (B, Q, C): each stands right after the context
-            itself = torch.eye(queries.size(1), dtype=torch.bool, device=queries.device)
-            z, _ = self.read(queries, caches, itself, fast)  # (B, Q, Z)
-            out = z[..., :self.plasticity.n_out]
+            z, past = self.read_stepwise(x, causal, fast, writes=T if queries is not None else T - 1)
+        if queries is not None:
+            x = self.dropout(queries + self.position[T])  # (B, Q, C): each stands right after the context
+            itself = torch.eye(x.size(1), dtype=torch.bool, device=x.device)
+            if fast is not None:
+                fast.fold_terms()
+            for block, (k, v) in zip(self.blocks, past):
+                seen = torch.arange(k.size(2), device=x.device) > k.size(2) - (self.window or math.inf)  # (S): W - 1 of them
+                x, _ = block.attend(x, torch.cat([seen.expand(len(itself), -1), itself], dim=1), (k, v))
+                x = block.feed_forward(x, fast)
+            z = self.logits(x)  # (B, Q, Z)
         gates = None if fast is None else Gates(torch.cat(fast.eta, 1), torch.cat(fast.d_norm, 1))
-        return out if torch.is_grad_enabled() else out.detach(), gates
+        return z[..., :self.plasticity.n_out], gates
 
-    def read(self, x, caches, mask, fast):
-        """One pass through all layers: x (B, T, C) -> z (B, T, Z), and each block's keys and values."""
-        new = []
-        for block, past in zip(self.blocks, caches):
-            x, past = block(x, past, mask, fast)
-            new.append(past)
-        # in the parameters' precision, so that bfloat16 autocast does not round eta_t and the internal loss
-        return self.head(self.norm(x)).to(self.head.weight.dtype), new
+    def read_stepwise(self, x, causal, fast, writes):
+        """Read the context x (B, T, C) and write after each of the first `writes` steps, as all that follows reads it.
+
+        -> z (B, T, Z), and each block's keys and values.
+        """
+        learning = torch.is_grad_enabled()
+        caches = [Cache(self.window, self.fold) for _ in self.blocks[1:]]
+        # no step's fast weights have touched what the first block attends to: all steps can attend at once
+        x, kv = self.blocks[0].attend(x, causal)
+        zs = []
+        # the gradient rule needs the derivatives of its internal loss in evaluation too
+        with torch.set_grad_enabled(learning or self.rule == "gradient"):
+            for t, x in enumerate(x.split(1, dim=1)):  # (B, 1, C)
+                x = self.blocks[0].feed_forward(x, fast)
+                for block, cache in zip(self.blocks[1:], caches):
+                    x, _ = block.attend(x, None, None, cache)
+                    x = block.feed_forward(x, fast)
+                z = self.logits(x)  # (B, 1, Z)
+                if fast is not None and t < writes:
+                    fast.write(z)
+                zs.append(z if learning else z.detach())
+        return torch.cat(zs, dim=1), [kv, *(cache.past() for cache in caches)]
+
+    def logits(self, x):
+        """z (B, T, Z), in the parameters' precision: bfloat16 autocast should not round eta_t and the internal loss."""
+        return self.head(self.norm(x)).to(self.head.weight.dtype)
 
 
 def build_model(args, task):
     """The model that `args` (the flags of train.py) describes, for `task`. Raises ValueError where sizes do not fit."""
     return Transformer(task, args.rule, args.n_layer, args.n_head, args.d_model, args.d_ff, args.dropout, args.window,
-                       args.block_size, args.filters, args.alpha_init, args.eta0, args.max_norm, args.aux_dim)
+                       args.block_size, args.filters, args.alpha_init, args.alpha == "outer", args.fold, args.eta0, args.max_norm, args.aux_dim)

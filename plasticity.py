@@ -9,13 +9,24 @@ episodes, and fast weights P_t (out, in) and p_t (out), zero when an episode beg
             hebbian     D_t =  y_t x_tᵀ      d_t =  y_t            post times pre
             gradient    D_t = -g_t x_tᵀ      d_t = -g_t            g_t = dL_t/dy_t, L_t = mean((w_out ∘ z_t)²)
 
-Both rules write a post-side signal u_t (y_t or -g_t) times the pre-side input x_t, so P_t is never needed as a
-matrix. Unrolling the write gives a weighted sum over the past writes s < t,
+Both rules write a post-side signal u_t (y_t or -g_t) times the pre-side input x_t. Three facts make them fast; each
+is an identity, so what is computed stays exactly the rule above:
+
+1. P_t need not be a matrix. Unrolling the write gives a weighted sum over the past writes s < t,
 
             P_t = alpha ∘ sum_s c_ts u_s x_sᵀ        c_ts = eta_s * (1 - eta_{s+1}) ... (1 - eta_{t-1})
             p_t = beta  ∘ sum_s c_ts u_s
 
-and that is how this file stores it: x_s, u_s and c_ts, for B episodes at once.
+   and (alpha ∘ u xᵀ) x' = u ∘ (alpha (x ∘ x')), so a read is attention over the past with per-connection weights.
+
+2. It may become one. A read costs a product with alpha for each term, so every K steps the terms are folded into the
+   matrix P_t0, and for the steps from then on, with terms s >= t0 only,
+
+            P_t = (1 - eta_t0) ... (1 - eta_{t-1}) P_t0 + alpha ∘ sum_s c_ts u_s x_sᵀ
+
+   A step then costs one matrix and at most K terms, however long the episode.
+
+3. The gradient of a folded matrix has low rank too: each read adds dy_t x_tᵀ. SharedMatrix multiplies them once.
 
 Sources: Chaudhary 2025 (arXiv 2510.21908), Duan et al. 2023 (arXiv 2302.03235), Miconi et al. 2018 and 2019.
 Unlike the paper's own code, nothing here is detached: the outer gradient runs through reads, writes, eta_t and g_t.
@@ -32,20 +43,41 @@ RULES = ("none", "hebbian", "gradient")
 class PlasticLinear(nn.Linear):
     """A linear layer with slow weights (W, b) and, unless the rule is none, the plasticity of each (alpha, beta).
 
-    alpha (out, in) and beta (out) say how plastic each connection and each bias is; both start at `alpha_init`.
+    alpha (out, in) and beta (out) say how plastic each connection and each bias is; both start at `alpha_init`. With
+    `outer`, alpha has rank one: alpha_ij = alpha_post_i alpha_pre_j, and only the two vectors are learned.
     The fast weights themselves belong to an episode, not to the layer: see FastWeights.
     """
 
-    def __init__(self, d_in, d_out, rule, alpha_init):
+    def __init__(self, d_in, d_out, rule, alpha_init, outer=False):
         super().__init__(d_in, d_out)
-        if rule != "none":
+        self.outer = outer
+        if rule != "none" and outer:
+            root = math.sqrt(abs(alpha_init))
+            self.alpha_post = nn.Parameter(torch.full((d_out,), math.copysign(root, alpha_init)))  # (out)
+            self.alpha_pre = nn.Parameter(torch.full((d_in,), root))  # (in)
+        elif rule != "none":
             self.alpha = nn.Parameter(torch.full((d_out, d_in), float(alpha_init)))  # (out, in)
+        if rule != "none":
             self.beta = nn.Parameter(torch.full((d_out,), float(alpha_init)))  # (out)
 
     def forward(self, x, fast=None):
         """y = (W + P_t) x + (b + p_t) for x (B, Q, in) -> (B, Q, out); without `fast`, P_t and p_t are zero."""
         y = super().forward(x)
         return y if fast is None else fast.read(self, x, y)
+
+    def match(self, pre, x):
+        """alpha (x_s ∘ x) + beta for the inputs x_s (B, S, in) of S writes and x (B, 1, in) -> (B, S, out)."""
+        if not self.outer:
+            return F.linear(pre * x, self.alpha, self.beta)
+        # alpha_ij = a_i b_j, so alpha (x_s ∘ x) = a (x_s · (b ∘ x)): one number a write, as in linear attention
+        score = (pre * (self.alpha_pre * x)).sum(-1, keepdim=True)  # (B, S, 1)
+        return torch.addcmul(self.beta, self.alpha_post, score)
+
+    def connect(self, cu, pre):
+        """alpha ∘ sum_s cu_s x_sᵀ for cu (B, S, out) and pre (B, S, in) -> (B, out, in)."""
+        if not self.outer:
+            return self.alpha * (cu.mT @ pre)
+        return (self.alpha_post * cu).mT @ (self.alpha_pre * pre)
 
 
 class Plasticity(nn.Module):
@@ -91,50 +123,130 @@ class Plasticity(nn.Module):
 
 
 class FastWeights:
-    """The fast weights of every plastic layer over one batch of B episodes, as the rank-one terms of P_t and p_t.
+    """The fast weights of every plastic layer over one batch of B episodes: a matrix, and the terms since its fold.
 
     read() is called by each layer at each step and remembers what that step would write; write() then appends it.
+    `fold` is K: after K writes the terms become part of the matrix; 0: never, until someone calls fold_terms().
     `eta` and `d_norm` list eta_t and ||D_t||, each (B, 1), of the writes so far: what the gates are drawn from.
     """
 
-    def __init__(self, plasticity):
-        self.plasticity = plasticity
+    def __init__(self, plasticity, fold=0):
+        self.plasticity, self.fold = plasticity, fold
         self.learning = torch.is_grad_enabled()  # else: evaluation, where no history is kept for the outer gradient
-        self.c = None  # (B, S, 1): c_ts of the S past writes; eta_t is shared by all layers, so c is too
-        self.pre, self.post = {}, {}  # of each layer: x_s (B, S, in) and u_s (B, S, out)
+        self.folded = {}  # of each layer: P_t0 (B, out, in) as a SharedMatrix, and p_t0 (B, 1, out)
+        self.decay = 1.0  # then (B, 1, 1): the product of 1 - eta_t since the fold, shared by all layers as eta_t is
+        self.pre, self.post = {}, {}  # of each layer: x_s (B, S, in) and c_ts u_s (B, S, out) of the S writes since
         self.now = {}  # of each layer: x_t (B, 1, in) and y_t (B, 1, out) of the present step
         self.eta, self.d_norm = [], []
 
     def read(self, layer, x, y):
-        """Add P_t x + p_t to y = W x + b. x (B, Q, in), y (B, Q, out): one context step (Q = 1) or Q queries."""
-        if self.c is not None and x.size(1) == 1:
-            # P_t x + p_t = sum_s c_ts u_s ∘ (alpha (x_s ∘ x) + beta): attention over the S past writes
-            match = F.linear(self.pre[layer] * x, layer.alpha, layer.beta)  # (B, S, out)
-            y = y + (self.c * self.post[layer] * match).sum(1, keepdim=True)  # (B, 1, out)
-        elif self.c is not None:
-            # many queries read the same P_t: build it once, P_t = alpha ∘ sum_s c_ts u_s x_sᵀ, p_t = beta ∘ sum_s c_ts u_s
-            cu = self.c * self.post[layer]  # (B, S, out)
-            P = layer.alpha * (cu.transpose(1, 2) @ self.pre[layer])  # (B, out, in)
-            p = layer.beta * cu.sum(1, keepdim=True)  # (B, 1, out)
-            y = y + x @ P.transpose(1, 2) + p  # (B, Q, out)
+        """Add P_t x + p_t to y = W x + b. x (B, Q, in), y (B, Q, out): one context step, or Q queries after a fold."""
+        if layer in self.pre:
+            # sum_s c_ts u_s ∘ (alpha (x_s ∘ x) + beta)
+            y = y + (self.post[layer] * layer.match(self.pre[layer], x)).sum(1, keepdim=True)
+        if layer in self.folded:
+            P, p = self.folded[layer]
+            # (1 - eta_t0) ... (1 - eta_{t-1}) (P_t0 x + p_t0)
+            y = y + self.decay * (P.read(x) + p)
         self.now[layer] = x, y
         return y
 
     def write(self, z):
         """End the present step, whose head said z_t (B, 1, Z): work out eta_t and D_t and append them to P_t."""
-        layers = list(self.now)
-        signals = self.plasticity.signals(z, [self.now[layer][1] for layer in layers], self.learning)
+        signals = self.plasticity.signals(z, [y for _, y in self.now.values()], self.learning)
         # ||D_t||² = sum over the layers of ||u_t x_tᵀ||_F², and ||u xᵀ||_F = |u| |x|
-        d_norm_sq = sum(u.square().sum(-1) * self.now[layer][0].square().sum(-1) for layer, u in zip(layers, signals))
+        d_norm_sq = sum(u.square().sum(-1) * x.square().sum(-1) for (x, _), u in zip(self.now.values(), signals))
         eta = self.plasticity.eta(z, d_norm_sq)  # (B, 1)
-        if not self.learning:
-            eta, signals = eta.detach(), [u.detach() for u in signals]
         self.eta.append(eta.detach())
         self.d_norm.append(d_norm_sq.detach().sqrt())
+        eta = eta.unsqueeze(-1) if self.learning else eta.detach().unsqueeze(-1)  # (B, 1, 1)
         # c_{t+1,s} = (1 - eta_t) c_ts for the past writes, c_{t+1,t} = eta_t for this one
-        eta = eta.unsqueeze(-1)  # (B, 1, 1)
-        self.c = eta if self.c is None else torch.cat([(1 - eta) * self.c, eta], dim=1)  # (B, S + 1, 1)
-        for layer, u in zip(layers, signals):
-            x = self.now[layer][0] if self.learning else self.now[layer][0].detach()
-            self.pre[layer] = torch.cat([self.pre[layer], x], dim=1) if layer in self.pre else x
-            self.post[layer] = torch.cat([self.post[layer], u], dim=1) if layer in self.post else u
+        keep = 1 - eta
+        self.decay = keep * self.decay
+        for (layer, (x, _)), u in zip(self.now.items(), signals):
+            if not self.learning:
+                x, u = x.detach(), u.detach()
+            past = layer in self.pre
+            self.pre[layer] = torch.cat([self.pre[layer], x], dim=1) if past else x
+            self.post[layer] = torch.cat([keep * self.post[layer], eta * u], dim=1) if past else eta * u
+        if self.fold and self.pre[layer].size(1) == self.fold:
+            self.fold_terms()
+
+    def fold_terms(self):
+        """Make the terms part of the matrix: P_t0 for the present t as t0. Exact, and done before queries read."""
+        for layer, pre in self.pre.items():
+            P = layer.connect(self.post[layer], pre)  # (B, out, in)
+            p = layer.beta * self.post[layer].sum(1, keepdim=True)  # (B, 1, out)
+            if layer in self.folded:
+                P_t0, p_t0 = self.folded[layer]
+                P, p = torch.addcmul(P, self.decay, P_t0.matrix), p + self.decay * p_t0
+            if not self.learning:
+                P, p = P.detach(), p.detach()
+            self.folded[layer] = SharedMatrix(P, self.fold), p
+        self.pre, self.post, self.decay = {}, {}, 1.0
+
+
+class SharedMatrix:
+    """A matrix M (..., o, i) that the next `n_reads` steps multiply, one vector each: read(x) = x Mᵀ, x (..., 1, i).
+
+    Exact: dM is the sum over the steps of dy_tᵀ x_t. Autograd forms each, as large as M, and adds them up, which costs more
+    than everything else a step does. Here every read has a *slot*, a zero whose gradient is dy_t; when all slots have
+    theirs, dM = [dy_1, dy_2, ...]ᵀ [x_1, x_2, ...] is one product. `matrix` is M for other uses than read.
+
+    The gradient rule differentiates the derivative dx_t = dy_t M of a read again, at a dy_t that is g_t; this use of M
+    has a slot as well, whose gradient v_t gives the term g_tᵀ v_t.
+    """
+
+    def __init__(self, matrix, n_reads):
+        self.matrix, self.values = matrix, matrix.detach()
+        # by direction (False: x Mᵀ, True: dy M): the vectors that were multiplied, and a slot for each
+        self.vectors, self.slots = {False: [], True: []}, None
+        if matrix.requires_grad and torch.is_grad_enabled() and n_reads:
+            slots = RankOneTerms.apply(matrix, self.vectors, n_reads)
+            self.slots = {False: slots[:n_reads], True: slots[n_reads:]}
+
+    def read(self, x):
+        """x (..., 1, i) -> x Mᵀ (..., 1, o); or x (..., Q, i) of many queries, which is one product as it is."""
+        return self.multiply(x, back=False) if self.slots and x.size(-2) == 1 else x @ self.matrix.mT
+
+    def multiply(self, x, back):
+        if not torch.is_grad_enabled():  # the outer backward pass, whose own derivative nobody takes
+            return x @ (self.values if back else self.values.mT)
+        slot = self.slots[back][len(self.vectors[back])]
+        self.vectors[back].append(x.detach())
+        return Multiply.apply(x, slot, self, back)
+
+
+class Multiply(torch.autograd.Function):
+    """x Mᵀ, or x M if `back`, for a SharedMatrix; the gradient for M goes to the slot."""
+
+    @staticmethod
+    def forward(ctx, x, slot, shared, back):
+        ctx.shared, ctx.back = shared, back
+        return x @ (shared.values if back else shared.values.mT)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.shared.multiply(dy, not ctx.back), dy, None, None
+
+
+class RankOneTerms(torch.autograd.Function):
+    """M (..., o, i) -> n slots like y = x Mᵀ (..., 1, o), and n like x (..., 1, i); see SharedMatrix."""
+
+    @staticmethod
+    def forward(ctx, M, vectors, n):
+        ctx.set_materialize_grads(False)  # a slot that nobody used has None
+        ctx.vectors, ctx.n = vectors, n
+        y, x = M.new_zeros(()), M.new_zeros(())  # expanded: they take no memory
+        return (*(y.expand(*M.shape[:-2], 1, M.size(-2)) for _ in range(n)),
+                *(x.expand(*M.shape[:-2], 1, M.size(-1)) for _ in range(n)))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        terms = [(dy, x) for dy, x in zip(grads[:ctx.n], ctx.vectors[False]) if dy is not None]
+        terms += [(g, v) for v, g in zip(grads[ctx.n:], ctx.vectors[True]) if v is not None]
+        if not terms:
+            return None, None, None
+        dy, x = (torch.cat(side, dim=-2) for side in zip(*terms))  # (..., n, o), (..., n, i)
+        # dM = sum_t dy_tᵀ x_t
+        return dy.mT @ x, None, None

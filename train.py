@@ -91,6 +91,8 @@ def parse_args(argv=None):
     group.add_argument("--block-size", type=whole, help="learned positions, default: the episode's length")
     group.add_argument("--filters", type=whole, default=64, help="images: filters of the Conv-4 encoder")
     group = parser.add_argument_group("plasticity")
+    group.add_argument("--alpha", choices=("full", "outer"), default="full", help="outer: of rank one, faster")
+    group.add_argument("--fold", type=number(int, 0), default=16, help="steps between two folds of the fast weights; 0: never")
     group.add_argument("--alpha-init", type=number(float, -1000, 1000), help="where alpha and beta start, default by rule")
     group.add_argument("--eta0", type=number(float, 0, 1), default=0.2, help="largest rate of a write")
     group.add_argument("--max-norm", type=number(float, 0), default=1.0, help="a larger write is scaled down; 0: never")
