@@ -46,6 +46,7 @@ def oracle(model, episodes):
 def oracle_sequence(model, context, queries):
     """One sequence: context (T, C), queries (Q, C) or None."""
     rule, n_out = model.rule, model.plasticity.n_out
+    outer = model.blocks[0].up.outer
     layers = [layer for block in model.blocks for layer in (block.up, block.down)]
     P = {layer: torch.zeros_like(layer.weight) for layer in layers}
     p = {layer: torch.zeros_like(layer.bias) for layer in layers}
@@ -100,7 +101,8 @@ def oracle_sequence(model, context, queries):
         etas.append(eta)
         for layer in layers:
             # P_{t+1} = (1 - eta_t) P_t + eta_t * alpha ∘ D_t
-            P[layer] = (1 - eta) * P[layer] + eta * layer.alpha * D[layer]
+            alpha = torch.outer(layer.alpha_post, layer.alpha_pre) if outer else layer.alpha
+            P[layer] = (1 - eta) * P[layer] + eta * alpha * D[layer]
             p[layer] = (1 - eta) * p[layer] + eta * layer.beta * d[layer]
     if queries is not None:  # each reads as if it alone came next, and writes nothing
         answers = [step(query + model.position[len(context)])[0][:n_out] for query in queries]
