@@ -103,7 +103,7 @@ class Cache:
         """k, v (B, H, 1, C/H): of the present step."""
         if self.k is not None and self.k.size(2) == self.fold and not 0 < self.window <= self.fold:
             k_rest, v_rest = (seen[:, :, -self.window:] for seen in self.past())  # -0: all
-            self.rest = SharedMatrix(k_rest), SharedMatrix(v_rest.mT)
+            self.rest = SharedMatrix(k_rest, self.fold), SharedMatrix(v_rest.mT, self.fold)
             self.k = self.v = None
         if self.k is not None:
             k, v = torch.cat([self.k, k], dim=2)[:, :, -self.window:], torch.cat([self.v, v], dim=2)[:, :, -self.window:]

@@ -15,19 +15,18 @@ is an identity, so what is computed stays exactly the rule above:
 1. P_t need not be a matrix. Unrolling the write gives a weighted sum over the past writes s < t,
 
             P_t = alpha ∘ sum_s c_ts u_s x_sᵀ        c_ts = eta_s * (1 - eta_{s+1}) ... (1 - eta_{t-1})
+            p_t = beta  ∘ sum_s c_ts u_s
 
-   and (alpha ∘ u xᵀ) x' = u ∘ (alpha (x ∘ x')), so a read is attention over the past with per-connection weights (Read).
+   and (alpha ∘ u xᵀ) x' = u ∘ (alpha (x ∘ x')), so a read is attention over the past with per-connection weights.
 
 2. It may become one. A read costs a product with alpha for each term, so every K steps the terms are folded into the
    matrix P_t0, and for the steps from then on, with terms s >= t0 only,
 
             P_t = (1 - eta_t0) ... (1 - eta_{t-1}) P_t0 + alpha ∘ sum_s c_ts u_s x_sᵀ
 
-   A step then costs one matrix and at most K terms, however long the episode (FastWeights.fold_terms).
+   A step then costs one matrix and at most K terms, however long the episode.
 
-3. What many steps read gets its gradient from many steps. Autograd copies the past to append to it, and forms and adds up a
-   gradient as large as the past, or as P_t0, at every step. Here these sums are made aside and in place, or, for a matrix,
-   in one product at the end: the same sum. What was read hands it on when all readers have added to it (Aside).
+3. The gradient of a folded matrix has low rank too: each read adds dy_t x_tᵀ. SharedMatrix multiplies them once.
 
 Sources: Chaudhary 2025 (arXiv 2510.21908), Duan et al. 2023 (arXiv 2302.03235), Miconi et al. 2018 and 2019.
 Unlike the paper's own code, nothing here is detached: the outer gradient runs through reads, writes, eta_t and g_t.
@@ -66,15 +65,16 @@ class PlasticLinear(nn.Linear):
         y = super().forward(x)
         return y if fast is None else fast.read(self, x, y)
 
-    def attend(self, x, c, token, terms):
-        """alpha ∘ (sum_s c_ts u_s x_sᵀ) times x (B, 1, in) -> (B, 1, out), without the matrix."""
+    def match(self, pre, x):
+        """alpha (x_s ∘ x) + beta for the inputs x_s (B, S, in) of S writes and x (B, 1, in) -> (B, S, out)."""
         if not self.outer:
-            return Read.apply(x, c, self.alpha, token, terms, False)
+            return F.linear(pre * x, self.alpha, self.beta)
         # alpha_ij = a_i b_j, so alpha (x_s ∘ x) = a (x_s · (b ∘ x)): one number a write, as in linear attention
-        return self.alpha_post * Read.apply(self.alpha_pre * x, c, None, token, terms, False)
+        score = (pre * (self.alpha_pre * x)).sum(-1, keepdim=True)  # (B, S, 1)
+        return torch.addcmul(self.beta, self.alpha_post, score)
 
     def connect(self, cu, pre):
-        """alpha ∘ sum_s c_ts u_s x_sᵀ (B, out, in) from c_ts u_s (B, S, out) and x_s (B, S, in)."""
+        """alpha ∘ sum_s cu_s x_sᵀ for cu (B, S, out) and pre (B, S, in) -> (B, out, in)."""
         if not self.outer:
             return self.alpha * (cu.mT @ pre)
         return (self.alpha_post * cu).mT @ (self.alpha_pre * pre)
@@ -133,22 +133,21 @@ class FastWeights:
     def __init__(self, plasticity, fold=0):
         self.plasticity, self.fold = plasticity, fold
         self.learning = torch.is_grad_enabled()  # else: evaluation, where no history is kept for the outer gradient
-        self.matrix = {}  # of each layer: P_t0 (B, out, in) as a SharedMatrix
+        self.folded = {}  # of each layer: P_t0 (B, out, in) as a SharedMatrix, and p_t0 (B, 1, out)
         self.decay = 1.0  # then (B, 1, 1): the product of 1 - eta_t since the fold, shared by all layers as eta_t is
-        self.terms, self.token = {}, {}  # of each layer: x_s and u_s of the S writes since the fold, and the last write's token
-        self.c = None  # (B, S, 1): their c_ts
-        self.p = {}  # of each layer: p_t / beta (B, 1, out)
+        self.pre, self.post = {}, {}  # of each layer: x_s (B, S, in) and c_ts u_s (B, S, out) of the S writes since
         self.now = {}  # of each layer: x_t (B, 1, in) and y_t (B, 1, out) of the present step
         self.eta, self.d_norm = [], []
 
     def read(self, layer, x, y):
         """Add P_t x + p_t to y = W x + b. x (B, Q, in), y (B, Q, out): one context step, or Q queries after a fold."""
-        if layer in self.p:
-            y = y + layer.beta * self.p[layer]
-        if layer in self.terms:
-            y = y + layer.attend(x, self.c, self.token[layer], self.terms[layer])
-        if layer in self.matrix:
-            y = y + self.decay * self.matrix[layer].read(x)
+        if layer in self.pre:
+            # sum_s c_ts u_s ∘ (alpha (x_s ∘ x) + beta)
+            y = y + (self.post[layer] * layer.match(self.pre[layer], x)).sum(1, keepdim=True)
+        if layer in self.folded:
+            P, p = self.folded[layer]
+            # (1 - eta_t0) ... (1 - eta_{t-1}) (P_t0 x + p_t0)
+            y = y + self.decay * (P.read(x) + p)
         self.now[layer] = x, y
         return y
 
@@ -161,207 +160,93 @@ class FastWeights:
         self.eta.append(eta.detach())
         self.d_norm.append(d_norm_sq.detach().sqrt())
         eta = eta.unsqueeze(-1) if self.learning else eta.detach().unsqueeze(-1)  # (B, 1, 1)
+        # c_{t+1,s} = (1 - eta_t) c_ts for the past writes, c_{t+1,t} = eta_t for this one
         keep = 1 - eta
+        self.decay = keep * self.decay
         for (layer, (x, _)), u in zip(self.now.items(), signals):
             if not self.learning:
                 x, u = x.detach(), u.detach()
-            if layer not in self.terms:
-                self.terms[layer], self.token[layer] = Terms(self.learning), eta.new_zeros(())
-            self.token[layer] = Write.apply(x, u, self.token[layer], self.terms[layer])
-            # p_{t+1} = (1 - eta_t) p_t + eta_t * beta ∘ u_t
-            self.p[layer] = keep * self.p[layer] + eta * u if layer in self.p else eta * u
-        # c_{t+1,s} = (1 - eta_t) c_ts for the past writes, c_{t+1,t} = eta_t for this one
-        self.c = eta if self.c is None else torch.cat([keep * self.c, eta], dim=1)
-        self.decay = keep * self.decay
-        if self.c.size(1) == self.fold:
+            past = layer in self.pre
+            self.pre[layer] = torch.cat([self.pre[layer], x], dim=1) if past else x
+            self.post[layer] = torch.cat([keep * self.post[layer], eta * u], dim=1) if past else eta * u
+        if self.fold and self.pre[layer].size(1) == self.fold:
             self.fold_terms()
 
     def fold_terms(self):
-        """Make the terms part of the matrix, P_t0 for the present t as t0; queries, which are many, read it alone."""
-        for layer, terms in self.terms.items():
-            pre, post = All.apply(self.token[layer], terms)  # (B, S, in), (B, S, out)
-            P = layer.connect(self.c * post, pre)  # (B, out, in)
-            if layer in self.matrix:
-                P = torch.addcmul(P, self.decay, self.matrix[layer].matrix)
-            self.matrix[layer] = SharedMatrix(P if self.learning else P.detach())
-        self.terms, self.token, self.c, self.decay = {}, {}, None, 1.0
-
-
-class Aside:
-    """Where the readers of something put their shares of its gradient, apart from autograd's own sums.
-
-    Readers take a *token*, an empty output of what they read. Autograd then runs the backward of what was read after the
-    backward of all its readers, which is when the sum is complete. `of_this_pass(empty)` is the sum so far, or empty()
-    if this backward pass has none yet: what an earlier, partial pass may have left is not added to.
-    """
-
-    def __init__(self):
-        self.task = self.sum = None
-
-    def of_this_pass(self, empty):
-        task = torch._C._current_graph_task_id()
-        if task != self.task:
-            self.task, self.sum = task, empty()
-        return self.sum
-
-    def hand_on(self, empty):
-        if torch.is_grad_enabled():
-            raise RuntimeError("fast weights can be differentiated once from outside: use create_graph=False")
-        total = self.of_this_pass(empty)
-        self.task = self.sum = None
-        return total
-
-
-class Terms:
-    """x_s (B, S, in) and u_s (B, S, out) of the S writes since a fold: rows of two buffers, which double when full."""
-
-    def __init__(self, learning):
-        self.learning, self.size, self.buffers, self.aside = learning, 0, None, Aside()
-
-    def append(self, *rows):
-        if self.buffers is None:
-            self.buffers = [row.repeat(1, 8, 1) for row in rows]
-        elif self.size == self.buffers[0].size(1):
-            self.buffers = [torch.cat([buffer, buffer], dim=1) for buffer in self.buffers]
-        for buffer, row in zip(self.buffers, rows):
-            buffer[:, self.size:self.size + 1] = row
-        self.size += 1
-
-    def sides(self, size, back=False):
-        """pre (B, S, in) and post (B, S, out) of the first `size` writes; the other way round if `back`."""
-        return [buffer[:, :size] for buffer in (self.buffers[::-1] if back else self.buffers)]
-
-    def gradients(self, size, back=False):
-        """The same of the sums of their gradients, to be added to in place."""
-        sums = self.aside.of_this_pass(lambda: [torch.zeros_like(buffer[:, :self.size]) for buffer in self.buffers])
-        return [total[:, :size] for total in (sums[::-1] if back else sums)]
-
-
-class Write(torch.autograd.Function):
-    """Append x (B, 1, in) and u (B, 1, out) to terms -> a token for its readers, and for the next write."""
-
-    @staticmethod
-    def forward(ctx, x, u, token, terms):
-        ctx.set_materialize_grads(False)
-        ctx.terms, ctx.s = terms, terms.size
-        terms.append(x, u)
-        return token.clone()
-
-    @staticmethod
-    def backward(ctx, _):
-        if torch.is_grad_enabled():
-            raise RuntimeError("fast weights can be differentiated once from outside: use create_graph=False")
-        dx, du = (total[:, ctx.s:] for total in ctx.terms.gradients(ctx.s + 1))
-        return dx, du, None, None
-
-
-class Read(torch.autograd.Function):
-    """sum_s c_s post_s ∘ (alpha (pre_s ∘ x)) for x (B, 1, in) -> (B, 1, out); alpha None: ones.
-
-    Its derivative for x has the same form, dx = sum_s c_s pre_s ∘ (alphaᵀ (post_s ∘ dy)): pre and post change places,
-    which is `back`. So the gradient rule's internal loss differentiates it by the same function, differentiable again.
-    """
-
-    @staticmethod
-    def forward(ctx, x, c, alpha, token, terms, back):
-        pre, post = terms.sides(c.size(1), back)  # (B, S, in), (B, S, out)
-        if alpha is None:
-            match = (x @ pre.mT).mT  # (B, S, 1)
-            y = (c * match).mT @ post
-        else:
-            match = F.linear(pre * (c * x), alpha)  # (B, S, out), c_s included
-            y = (post * match).sum(1, keepdim=True)
-        ctx.terms, ctx.back = terms, back
-        ctx.save_for_backward(x, c, alpha, token, match)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, c, alpha, token, match = ctx.saved_tensors
-        if torch.is_grad_enabled() or not ctx.terms.learning:  # the internal loss: nobody but x is asked for
-            alpha_back = None if alpha is None else alpha.mT
-            return Read.apply(dy, c, alpha_back, token, ctx.terms, not ctx.back), None, None, None, None, None
-        pre, post = ctx.terms.sides(c.size(1), ctx.back)
-        d_pre, d_post = ctx.terms.gradients(c.size(1), ctx.back)
-        if alpha is None:
-            d_match = (dy @ post.mT).mT  # (B, S, 1)
-            dc, d_alpha = match * d_match, None
-            d_match = c * d_match
-            dx = d_match.mT @ pre
-            d_pre.addcmul_(d_match, x)
-            d_post.addcmul_(c * match, dy)
-        else:
-            d_match = post * dy  # (B, S, out)
-            d_product = d_match @ alpha  # (B, S, in), of pre ∘ x
-            product = pre * x
-            dc = (product * d_product).sum(-1, keepdim=True)
-            d_alpha = d_match.flatten(0, 1).T @ product.mul_(c).flatten(0, 1)
-            d_product.mul_(c)
-            dx = (pre * d_product).sum(1, keepdim=True)
-            d_pre.addcmul_(d_product, x)
-            d_post.addcmul_(match, dy)
-        return dx, dc, d_alpha, None, None, None
-
-
-class All(torch.autograd.Function):
-    """-> pre (B, S, in) and post (B, S, out) of all terms as tensors."""
-
-    @staticmethod
-    def forward(ctx, token, terms):
-        ctx.terms = terms
-        return tuple(side.clone() for side in terms.sides(terms.size))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        for total, grad in zip(ctx.terms.gradients(ctx.terms.size), grads):
-            total.add_(grad)
-        return None, None
+        """Make the terms part of the matrix: P_t0 for the present t as t0. Exact, and done before queries read."""
+        for layer, pre in self.pre.items():
+            P = layer.connect(self.post[layer], pre)  # (B, out, in)
+            p = layer.beta * self.post[layer].sum(1, keepdim=True)  # (B, 1, out)
+            if layer in self.folded:
+                P_t0, p_t0 = self.folded[layer]
+                P, p = torch.addcmul(P, self.decay, P_t0.matrix), p + self.decay * p_t0
+            if not self.learning:
+                P, p = P.detach(), p.detach()
+            self.folded[layer] = SharedMatrix(P, self.fold), p
+        self.pre, self.post, self.decay = {}, {}, 1.0
 
 
 class SharedMatrix:
-    """A matrix M (..., o, i) that many steps multiply: read(x) = x Mᵀ for x (..., Q, i). `matrix` is M itself.
+    """A matrix M (..., o, i) that the next `n_reads` steps multiply, one vector each: read(x) = x Mᵀ, x (..., 1, i).
 
-    dM = sum_t dy_tᵀ x_t has one term a read: they are kept apart and multiplied once, [dy_1, dy_2, ...]ᵀ [x_1, x_2, ...].
+    Exact: dM is the sum over the steps of dy_tᵀ x_t. Autograd forms each, as large as M, and adds them up, which costs more
+    than everything else a step does. Here every read has a *slot*, a zero whose gradient is dy_t; when all slots have
+    theirs, dM = [dy_1, dy_2, ...]ᵀ [x_1, x_2, ...] is one product. `matrix` is M for other uses than read.
+
+    The gradient rule differentiates the derivative dx_t = dy_t M of a read again, at a dy_t that is g_t; this use of M
+    has a slot as well, whose gradient v_t gives the term g_tᵀ v_t.
     """
 
-    def __init__(self, matrix):
-        self.matrix, self.values, self.aside = matrix, matrix.detach(), Aside()
-        self.token = Collect.apply(matrix, self.aside) if matrix.requires_grad and torch.is_grad_enabled() else None
+    def __init__(self, matrix, n_reads):
+        self.matrix, self.values = matrix, matrix.detach()
+        # by direction (False: x Mᵀ, True: dy M): the vectors that were multiplied, and a slot for each
+        self.vectors, self.slots = {False: [], True: []}, None
+        if matrix.requires_grad and torch.is_grad_enabled() and n_reads:
+            slots = RankOneTerms.apply(matrix, self.vectors, n_reads)
+            self.slots = {False: slots[:n_reads], True: slots[n_reads:]}
 
     def read(self, x):
-        return x @ self.matrix.mT if self.token is None else Multiply.apply(x, self.values, self.token, self.aside, False)
+        """x (..., 1, i) -> x Mᵀ (..., 1, o); or x (..., Q, i) of many queries, which is one product as it is."""
+        return self.multiply(x, back=False) if self.slots and x.size(-2) == 1 else x @ self.matrix.mT
+
+    def multiply(self, x, back):
+        if not torch.is_grad_enabled():  # the outer backward pass, whose own derivative nobody takes
+            return x @ (self.values if back else self.values.mT)
+        slot = self.slots[back][len(self.vectors[back])]
+        self.vectors[back].append(x.detach())
+        return Multiply.apply(x, slot, self, back)
 
 
 class Multiply(torch.autograd.Function):
-    """x Mᵀ, or x M if `back`, with the gradient for M put aside."""
+    """x Mᵀ, or x M if `back`, for a SharedMatrix; the gradient for M goes to the slot."""
 
     @staticmethod
-    def forward(ctx, x, M, token, aside, back):
-        ctx.aside, ctx.back = aside, back
-        ctx.save_for_backward(x, M, token)
-        return x @ (M if back else M.mT)
+    def forward(ctx, x, slot, shared, back):
+        ctx.shared, ctx.back = shared, back
+        return x @ (shared.values if back else shared.values.mT)
 
     @staticmethod
     def backward(ctx, dy):
-        x, M, token = ctx.saved_tensors
-        if not torch.is_grad_enabled():  # else the internal loss: nobody but x is asked for
-            ctx.aside.of_this_pass(list).append((x, dy) if ctx.back else (dy, x))
-        return Multiply.apply(dy, M, token, ctx.aside, not ctx.back), None, None, None, None
+        return ctx.shared.multiply(dy, not ctx.back), dy, None, None
 
 
-class Collect(torch.autograd.Function):
-    """M -> a token for its readers."""
+class RankOneTerms(torch.autograd.Function):
+    """M (..., o, i) -> n slots like y = x Mᵀ (..., 1, o), and n like x (..., 1, i); see SharedMatrix."""
 
     @staticmethod
-    def forward(ctx, M, aside):
-        ctx.set_materialize_grads(False)
-        ctx.aside = aside
-        return M.new_zeros(())
+    def forward(ctx, M, vectors, n):
+        ctx.set_materialize_grads(False)  # a slot that nobody used has None
+        ctx.vectors, ctx.n = vectors, n
+        y, x = M.new_zeros(()), M.new_zeros(())  # expanded: they take no memory
+        return (*(y.expand(*M.shape[:-2], 1, M.size(-2)) for _ in range(n)),
+                *(x.expand(*M.shape[:-2], 1, M.size(-1)) for _ in range(n)))
 
     @staticmethod
-    def backward(ctx, _):
-        terms = ctx.aside.hand_on(list)
+    def backward(ctx, *grads):
+        terms = [(dy, x) for dy, x in zip(grads[:ctx.n], ctx.vectors[False]) if dy is not None]
+        terms += [(g, v) for v, g in zip(grads[ctx.n:], ctx.vectors[True]) if v is not None]
         if not terms:
-            return None, None
+            return None, None, None
         dy, x = (torch.cat(side, dim=-2) for side in zip(*terms))  # (..., n, o), (..., n, i)
-        return dy.mT @ x, None
+        # dM = sum_t dy_tᵀ x_t
+        return dy.mT @ x, None, None
