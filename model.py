@@ -200,7 +200,7 @@ class Transformer(nn.Module):
     """
 
     def __init__(self, task, rule, n_layer=2, n_head=4, d_model=64, d_ff=128, dropout=0.0, window=0, block_size=None,
-                 filters=64, alpha_init=1.0, outer=False, fold=16, eta0=0.2, max_norm=1.0, aux_dim=4):
+                 filters=64, alpha_init=1.0, outer=False, fold=32, eta0=0.2, max_norm=1.0, aux_dim=4):
         super().__init__()
         if d_model % n_head:
             raise ValueError(f"--n-head {n_head} must divide --d-model {d_model}")

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 import eval as evaluation
 import tasks
 import train
-from model import Transformer
-from plasticity import RULES
+from model import Cache, Transformer
+from plasticity import RULES, FastWeights, SharedMatrix
 from tasks import Copy, Cue, Episodes, FewShot, Regression, random_generator
 
 HERE = Path(__file__).parent
@@ -176,10 +176,61 @@ def test_oracle_with_and_without_clipping():
             assert clipped == {0: 0.0, 0.01: 1.0, 1e6: 0.0}.get(max_norm, clipped)
 
 
-def test_gradcheck():
+def test_oracle_with_folding():
     for rule in ("hebbian", "gradient"):
+        for outer in (False, True):
+            for fold in (0, 1, 2, 3, 32):  # 0 and 32 never fold in 9 steps, but for the queries
+                check_against_oracle(Copy(3, 2, 5), rule, fold=fold, outer=outer)
+                check_against_oracle(Cue(5, 6), rule, fold=fold, outer=outer)
+            for window in (1, 2, 4):  # shorter than the fold, as long, and longer
+                check_against_oracle(Copy(3, 2, 5), rule, fold=2, outer=outer, window=window)
+                check_against_oracle(Cue(5, 6), rule, fold=2, outer=outer, window=window)
+    check_against_oracle(Copy(3, 2, 5), "none", fold=2)
+    check_against_oracle(Cue(1, 6), "gradient", fold=2)  # one query
+
+
+def test_shared_matrix():
+    torch.manual_seed(0)
+    M, xs, loss_of = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(3, 2, 1, 4, dtype=torch.float64), []
+    for shared in (True, False):
+        M, xs = M.detach().requires_grad_(), xs.detach().requires_grad_()
+        reader = SharedMatrix(M.tanh(), 3)
+        total = 0
+        for x in xs[:2]:  # one slot stays empty
+            y = reader.read(x) if shared else x @ M.tanh().mT
+            # as the gradient rule does: a derivative of the read is part of what is learned from
+            dx, = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+            total = total + y.sin().sum() + dx.pow(2).sum()
+        total = total + (xs[2] @ reader.matrix.mT).cos().sum()  # and another use of the matrix
+        partial, = torch.autograd.grad(total, xs, retain_graph=True)  # a pass that does not get as far as M changes nothing
+        again, first = torch.autograd.grad(total, [xs, M], retain_graph=True)
+        second, = torch.autograd.grad(total, M)
+        assert_close(partial, again, "the gradient of x")
+        assert_close(first, second, "the second pass")
+        loss_of.append((total, again, first))
+    for what, ours, theirs in zip(("the value", "the gradient of x", "the gradient of M"), *loss_of):
+        assert_close(ours, theirs, what)
+
+
+def test_what_is_kept_does_not_grow():
+    task = Copy(3, 20, 5)
+    model = small_model(task, "hebbian", fold=4)
+    sizes, calls = [], []
+    write, step = FastWeights.write, Cache.attend
+    try:  # watch the real ones
+        FastWeights.write = lambda self, z: (write(self, z), sizes.append(max([len(p[0]) for p in self.pre.values()] or [0])))
+        Cache.attend = lambda self, q, dropout: (calls.append(self.k.size(2)), step(self, q, dropout))[1]
+        model(draw(task, 2))
+    finally:
+        FastWeights.write, Cache.attend = write, step
+    assert len(sizes) == task.context_length - 1, "a step wrote that nobody reads after, or one did not"
+    assert max(sizes) == 3 and min(sizes) == 0 and max(calls) == 4, (sizes, calls)
+
+
+def test_gradcheck():
+    for rule, outer, fold in (("hebbian", False, 0), ("gradient", False, 2), ("hebbian", True, 2), ("gradient", True, 0)):
         for task in (Copy(1, 1, 4), Cue(3, 3)):
-            model = small_model(task, rule, n_layer=1, n_head=1, d_model=3, d_ff=3)
+            model = small_model(task, rule, n_layer=1, n_head=1, d_model=3, d_ff=3, outer=outer, fold=fold)
             episodes = draw(task, 1)
             names = [name for name, _ in model.named_parameters()]
             values = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
@@ -630,6 +681,23 @@ def test_evaluation_with_fewer_classes():
         assert "--ways 5" in refused(evaluation.main, folder, "--ways", 5)
 
 
+def test_bench_prints_one_json_line_and_writes_nothing():
+    with tempfile.TemporaryDirectory() as folder:
+        for argv in (["--rule", "none"], ["--rule", "gradient", "--alpha", "outer", "--fold", 2], ["--task", "cue"]):
+            out = Path(folder) / "out"
+            row = json.loads(run_train(*argv, "--d-model", 8, "--d-ff", 8, "--batch-size", 2, "--bench", "--out-dir", out))
+            assert not out.exists()
+            assert row["sequences_per_second"] == 2 / row["seconds_per_update"] and row["peak_rss_bytes"] > 2**25
+            assert row["context_steps_per_second"] == row["context_steps"] * row["sequences_per_second"]
+            assert row["fastest"] <= row["seconds_per_update"] <= row["slowest"] and row["gflop_per_second"] > 0
+    # by hand: y = x Wᵀ of T = 3 steps with B = 2 takes 2 B T in out operations, and as much again for dx and for dW
+    flops = {}
+    for d_ff in (8, 16):
+        argv = "--rule none --seq-len 1 --delay 0 --n-layer 1 --d-model 8 --batch-size 2 --bench".split()
+        flops[d_ff] = json.loads(run_train(*argv, "--d-ff", d_ff))["gflop_per_update"] * 1e9
+    assert abs(flops[16] - flops[8] - 3 * 2 * (2 * 2 * 3 * 8 * 8)) < 1, flops
+
+
 def test_bad_arguments():
     with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -639,7 +707,7 @@ def test_bad_arguments():
                 ("--window -1", "--window"), ("--delay 40 --block-size 31", "--block-size"), ("--steps 0", "--steps"),
                 ("--steps ten", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--eta0 2", "--eta0"),
                 ("--alpha-init inf", "--alpha-init"), ("--max-norm -1", "--max-norm"), ("--dropout 1", "--dropout"),
-                ("--rule magic", "--rule"), ("--task cue --delay 3", "--delay"), ("--vocab-size 3", "--vocab-size"),
+                ("--rule magic", "--rule"), ("--fold -1", "--fold"), ("--alpha rank2", "--alpha"), ("--task cue --delay 3", "--delay"), ("--vocab-size 3", "--vocab-size"),
                 ("--warmup-steps 5", "--warmup-steps"), ("--dtype bfloat16 --device cpu", "--dtype"), ("--nonsense", "--nonsense"),
                 *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda")])):
             assert said in refused(train.main, *argv.split(), "--out-dir", out, "--data-dir", packs), argv

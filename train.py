@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import build_model
 from plasticity import RULES
@@ -92,7 +93,7 @@ def parse_args(argv=None):
     group.add_argument("--filters", type=whole, default=64, help="images: filters of the Conv-4 encoder")
     group = parser.add_argument_group("plasticity")
     group.add_argument("--alpha", choices=("full", "outer"), default="full", help="outer: of rank one, faster")
-    group.add_argument("--fold", type=number(int, 0), default=16, help="steps between two folds of the fast weights; 0: never")
+    group.add_argument("--fold", type=number(int, 0), default=32, help="steps between two folds of the fast weights; 0: never")
     group.add_argument("--alpha-init", type=number(float, -1000, 1000), help="where alpha and beta start, default by rule")
     group.add_argument("--eta0", type=number(float, 0, 1), default=0.2, help="largest rate of a write")
     group.add_argument("--max-norm", type=number(float, 0), default=1.0, help="a larger write is scaled down; 0: never")
@@ -110,6 +111,7 @@ def parse_args(argv=None):
     group.add_argument("--data-dir", default="data", help="where the image packs are, or are downloaded to")
     group.add_argument("--eval-interval", type=whole, help="updates between evaluations, default: a tenth of --steps")
     group.add_argument("--eval-batches", type=whole, default=10, help="validation batches an evaluation")
+    group.add_argument("--bench", action="store_true", help="time 20 updates, print one JSON line and write nothing")
     args = parser.parse_args(argv)
     defaults = DEFAULTS[args.task]
     for name in SIZES:
@@ -169,6 +171,50 @@ def warm_up(model, task, args, device, generator, say):
 def learning_rate(step, steps):
     """The schedule, as a share of the peak: linear warm-up, then a cosine down to 5%."""
     return min(step / LR_WARMUP, 1.0) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def update(model, task, optimizer, episodes, dtype):
+    """One update on a batch of episodes -> answers, Gates and the loss, for the record."""
+    with torch.autocast(episodes.target.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        out, gates = model(episodes)
+        loss = task.loss(out, episodes.target)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    return out.detach(), gates, loss.item()
+
+
+def bench(args, task, model, device):
+    """3 updates to warm up, then 20 timed ones -> one JSON line. Nothing is written."""
+    import resource  # here, as Windows has none
+
+    generator = random_generator(args.seed, "train")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY)
+
+    def one():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        update(model, task, optimizer, task.sample("train", args.batch_size, generator).to(device), args.dtype)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    with FlopCounterMode(display=False) as counter:  # of every matrix product and convolution; elementwise work is not in it
+        one()
+    for _ in range(2):
+        one()
+    seconds = sorted(one() for _ in range(20))
+    median = (seconds[9] + seconds[10]) / 2
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    row = dict(task=args.task, rule=args.rule, alpha=args.alpha, fold=args.fold, batch_size=args.batch_size,
+               context_steps=task.context_length, device=str(device), threads=args.threads, seconds_per_update=median,
+               fastest=seconds[0], slowest=seconds[-1], sequences_per_second=args.batch_size / median,
+               context_steps_per_second=args.batch_size * task.context_length / median, peak_rss_bytes=peak,
+               peak_cuda_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+               gflop_per_update=counter.get_total_flops() / 1e9, gflop_per_second=counter.get_total_flops() / 1e9 / median)
+    print(json.dumps(row))
 
 
 @torch.no_grad()
@@ -231,14 +277,8 @@ def train(args, task, model, device):
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * learning_rate(step, args.steps)
             episodes = task.sample("train", args.batch_size, train_generator).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                out, gates = model(episodes)
-                loss = task.loss(out, episodes.target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            losses.append(loss.item())
+            out, gates, loss = update(model, task, optimizer, episodes, args.dtype)
+            losses.append(loss)
             busy += time.time() - started
             rate = args.batch_size * len(losses) / busy
             say(lambda: f"step {step}/{args.steps}  loss {losses[-1]:.4f}  {task.metric} "
@@ -274,9 +314,12 @@ def main(argv=None):
         task = make_task(args)
         model = build_model(args, task).to(device)
         args.block_size = model.block_size  # eval.py may try longer episodes, the positions stay those trained
-        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+        if not args.bench:
+            Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         fail(error)
+    if args.bench:
+        return bench(args, task, model, device)
     print(f"{args.task} with the rule {args.rule}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"on {device}, into {args.out_dir}", flush=True)
     train(args, task, model, device)
