@@ -65,13 +65,14 @@ class PlasticLinear(nn.Linear):
         y = super().forward(x)
         return y if fast is None else fast.read(self, x, y)
 
-    def match(self, pre, x):
-        """alpha (x_s ∘ x) + beta for the inputs x_s (B, S, in) of S writes and x (B, 1, in) -> (B, S, out)."""
+    def attend(self, x, pre, cu):
+        """alpha ∘ (sum_s c_ts u_s x_sᵀ) times x (B, 1, in) -> (B, 1, out), from pre x_s (B, S, in) and c_ts u_s (B, S, out)."""
         if not self.outer:
-            return F.linear(pre * x, self.alpha, self.beta)
+            # sum_s c_ts u_s ∘ (alpha (x_s ∘ x))
+            return (cu * F.linear(pre * x, self.alpha)).sum(1, keepdim=True)
         # alpha_ij = a_i b_j, so alpha (x_s ∘ x) = a (x_s · (b ∘ x)): one number a write, as in linear attention
-        score = (pre * (self.alpha_pre * x)).sum(-1, keepdim=True)  # (B, S, 1)
-        return torch.addcmul(self.beta, self.alpha_post, score)
+        match = (pre * (self.alpha_pre * x)).sum(-1, keepdim=True)  # (B, S, 1)
+        return self.alpha_post * (cu * match).sum(1, keepdim=True)
 
     def connect(self, cu, pre):
         """alpha ∘ sum_s cu_s x_sᵀ for cu (B, S, out) and pre (B, S, in) -> (B, out, in)."""
@@ -133,21 +134,22 @@ class FastWeights:
     def __init__(self, plasticity, fold=0):
         self.plasticity, self.fold = plasticity, fold
         self.learning = torch.is_grad_enabled()  # else: evaluation, where no history is kept for the outer gradient
-        self.folded = {}  # of each layer: P_t0 (B, out, in) as a SharedMatrix, and p_t0 (B, 1, out)
+        self.matrix = {}  # of each layer: P_t0 (B, out, in) as a SharedMatrix
         self.decay = 1.0  # then (B, 1, 1): the product of 1 - eta_t since the fold, shared by all layers as eta_t is
         self.pre, self.post = {}, {}  # of each layer: x_s (B, S, in) and c_ts u_s (B, S, out) of the S writes since
+        self.p = {}  # of each layer: sum_s c_ts u_s (B, 1, out) over all writes, of which p_t is beta times
         self.now = {}  # of each layer: x_t (B, 1, in) and y_t (B, 1, out) of the present step
         self.eta, self.d_norm = [], []
 
     def read(self, layer, x, y):
         """Add P_t x + p_t to y = W x + b. x (B, Q, in), y (B, Q, out): one context step, or Q queries after a fold."""
+        if layer in self.p:
+            y = torch.addcmul(y, layer.beta, self.p[layer])
         if layer in self.pre:
-            # sum_s c_ts u_s ∘ (alpha (x_s ∘ x) + beta)
-            y = y + (self.post[layer] * layer.match(self.pre[layer], x)).sum(1, keepdim=True)
-        if layer in self.folded:
-            P, p = self.folded[layer]
-            # (1 - eta_t0) ... (1 - eta_{t-1}) (P_t0 x + p_t0)
-            y = y + self.decay * (P.read(x) + p)
+            y = y + layer.attend(x, self.pre[layer], self.post[layer])
+        if layer in self.matrix:
+            # (1 - eta_t0) ... (1 - eta_{t-1}) P_t0 x
+            y = y + self.decay * self.matrix[layer].read(x)
         self.now[layer] = x, y
         return y
 
@@ -166,9 +168,11 @@ class FastWeights:
         for (layer, (x, _)), u in zip(self.now.items(), signals):
             if not self.learning:
                 x, u = x.detach(), u.detach()
+            new = eta * u
+            self.p[layer] = torch.addcmul(new, keep, self.p[layer]) if layer in self.p else new
             past = layer in self.pre
             self.pre[layer] = torch.cat([self.pre[layer], x], dim=1) if past else x
-            self.post[layer] = torch.cat([keep * self.post[layer], eta * u], dim=1) if past else eta * u
+            self.post[layer] = torch.cat([keep * self.post[layer], new], dim=1) if past else new
         if self.fold and self.pre[layer].size(1) == self.fold:
             self.fold_terms()
 
@@ -176,13 +180,9 @@ class FastWeights:
         """Make the terms part of the matrix: P_t0 for the present t as t0. Exact, and done before queries read."""
         for layer, pre in self.pre.items():
             P = layer.connect(self.post[layer], pre)  # (B, out, in)
-            p = layer.beta * self.post[layer].sum(1, keepdim=True)  # (B, 1, out)
-            if layer in self.folded:
-                P_t0, p_t0 = self.folded[layer]
-                P, p = torch.addcmul(P, self.decay, P_t0.matrix), p + self.decay * p_t0
-            if not self.learning:
-                P, p = P.detach(), p.detach()
-            self.folded[layer] = SharedMatrix(P, self.fold), p
+            if layer in self.matrix:
+                P = torch.addcmul(P, self.decay, self.matrix[layer].matrix)
+            self.matrix[layer] = SharedMatrix(P if self.learning else P.detach(), self.fold)
         self.pre, self.post, self.decay = {}, {}, 1.0
 
 

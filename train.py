@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from model import build_model
 from plasticity import RULES
@@ -188,6 +187,7 @@ def update(model, task, optimizer, episodes, dtype):
 def bench(args, task, model, device):
     """3 updates to warm up, then 20 timed ones -> one JSON line. Nothing is written."""
     import resource  # here, as Windows has none
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
     generator = random_generator(args.seed, "train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY)
