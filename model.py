@@ -288,4 +288,5 @@ class Transformer(nn.Module):
 def build_model(args, task):
     """The model that `args` (the flags of train.py) describes, for `task`. Raises ValueError where sizes do not fit."""
     return Transformer(task, args.rule, args.n_layer, args.n_head, args.d_model, args.d_ff, args.dropout, args.window,
-                       args.block_size, args.filters, args.alpha_init, args.alpha == "outer", args.fold, args.eta0, args.max_norm, args.aux_dim)
+                       args.block_size, args.filters, args.alpha_init, args.alpha == "outer", args.fold, args.eta0,
+                       args.max_norm, args.aux_dim)

@@ -65,20 +65,23 @@ class PlasticLinear(nn.Linear):
         y = super().forward(x)
         return y if fast is None else fast.read(self, x, y)
 
-    def attend(self, x, pre, cu):
-        """alpha ∘ (sum_s c_ts u_s x_sᵀ) times x (B, 1, in) -> (B, 1, out), from pre x_s (B, S, in) and c_ts u_s (B, S, out)."""
+    def attend(self, x, c, post, pre):
+        """alpha ∘ (sum_s c_ts u_s x_sᵀ) times x (B, 1, in) -> (B, 1, out).
+
+        c (B, S, 1), post u_s (B, S, out) and pre x_s (B, S, in) are those of S writes.
+        """
         if not self.outer:
             # sum_s c_ts u_s ∘ (alpha (x_s ∘ x))
-            return (cu * F.linear(pre * x, self.alpha)).sum(1, keepdim=True)
+            return (post * (c * F.linear(pre * x, self.alpha))).sum(1, keepdim=True)
         # alpha_ij = a_i b_j, so alpha (x_s ∘ x) = a (x_s · (b ∘ x)): one number a write, as in linear attention
         match = (pre * (self.alpha_pre * x)).sum(-1, keepdim=True)  # (B, S, 1)
-        return self.alpha_post * (cu * match).sum(1, keepdim=True)
+        return self.alpha_post * (post * (c * match)).sum(1, keepdim=True)
 
-    def connect(self, cu, pre):
-        """alpha ∘ sum_s cu_s x_sᵀ for cu (B, S, out) and pre (B, S, in) -> (B, out, in)."""
+    def connect(self, c, post, pre):
+        """alpha ∘ sum_s c_ts u_s x_sᵀ -> (B, out, in), from the same as attend."""
         if not self.outer:
-            return self.alpha * (cu.mT @ pre)
-        return (self.alpha_post * cu).mT @ (self.alpha_pre * pre)
+            return self.alpha * ((c * post).mT @ pre)
+        return (c * self.alpha_post * post).mT @ (self.alpha_pre * pre)
 
 
 class Plasticity(nn.Module):
@@ -136,7 +139,8 @@ class FastWeights:
         self.learning = torch.is_grad_enabled()  # else: evaluation, where no history is kept for the outer gradient
         self.matrix = {}  # of each layer: P_t0 (B, out, in) as a SharedMatrix
         self.decay = 1.0  # then (B, 1, 1): the product of 1 - eta_t since the fold, shared by all layers as eta_t is
-        self.pre, self.post = {}, {}  # of each layer: x_s (B, S, in) and c_ts u_s (B, S, out) of the S writes since
+        self.c = None  # then c_ts (B, S, 1) of the S writes since
+        self.pre, self.post = {}, {}  # of each layer: x_s (B, S, in) and u_s (B, S, out) of these
         self.p = {}  # of each layer: sum_s c_ts u_s (B, 1, out) over all writes, of which p_t is beta times
         self.now = {}  # of each layer: x_t (B, 1, in) and y_t (B, 1, out) of the present step
         self.eta, self.d_norm = [], []
@@ -146,7 +150,7 @@ class FastWeights:
         if layer in self.p:
             y = torch.addcmul(y, layer.beta, self.p[layer])
         if layer in self.pre:
-            y = y + layer.attend(x, self.pre[layer], self.post[layer])
+            y = y + layer.attend(x, self.c, self.post[layer], self.pre[layer])
         if layer in self.matrix:
             # (1 - eta_t0) ... (1 - eta_{t-1}) P_t0 x
             y = y + self.decay * self.matrix[layer].read(x)
@@ -172,18 +176,19 @@ class FastWeights:
             self.p[layer] = torch.addcmul(new, keep, self.p[layer]) if layer in self.p else new
             past = layer in self.pre
             self.pre[layer] = torch.cat([self.pre[layer], x], dim=1) if past else x
-            self.post[layer] = torch.cat([keep * self.post[layer], new], dim=1) if past else new
-        if self.fold and self.pre[layer].size(1) == self.fold:
+            self.post[layer] = torch.cat([self.post[layer], u], dim=1) if past else u
+        self.c = eta if self.c is None else torch.cat([keep * self.c, eta], dim=1)
+        if self.fold and self.c.size(1) == self.fold:
             self.fold_terms()
 
     def fold_terms(self):
         """Make the terms part of the matrix: P_t0 for the present t as t0. Exact, and done before queries read."""
         for layer, pre in self.pre.items():
-            P = layer.connect(self.post[layer], pre)  # (B, out, in)
+            P = layer.connect(self.c, self.post[layer], pre)  # (B, out, in)
             if layer in self.matrix:
                 P = torch.addcmul(P, self.decay, self.matrix[layer].matrix)
             self.matrix[layer] = SharedMatrix(P if self.learning else P.detach(), self.fold)
-        self.pre, self.post, self.decay = {}, {}, 1.0
+        self.pre, self.post, self.c, self.decay = {}, {}, None, 1.0
 
 
 class SharedMatrix:

@@ -1,6 +1,6 @@
 """Train a plastic Transformer on any task with any rule.
 
-    python train.py --task copy --rule hebbian                     # a few minutes on a 2-core CPU
+    python train.py --task copy --rule hebbian                     # about a minute on a 2-core CPU
     python train.py --task copy --rule gradient --window 8         # attention too short: fast weights must carry it
     python train.py --task omniglot --rule hebbian                 # downloads and packs Omniglot the first time
     python eval.py out/copy-hebbian-s0                             # what the trained model does, and how
@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import json
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -185,35 +186,41 @@ def update(model, task, optimizer, episodes, dtype):
 
 
 def bench(args, task, model, device):
-    """3 updates to warm up, then 20 timed ones -> one JSON line. Nothing is written."""
+    """3 updates to warm up, 20 timed ones, then 5 batches evaluated -> one JSON line. Nothing is written."""
     import resource  # here, as Windows has none
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
     generator = random_generator(args.seed, "train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY)
 
-    def one():
+    def seconds(work):
         if device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        update(model, task, optimizer, task.sample("train", args.batch_size, generator).to(device), args.dtype)
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
+    def learn():
+        update(model, task, optimizer, task.sample("train", args.batch_size, generator).to(device), args.dtype)
+
     with FlopCounterMode(display=False) as counter:  # of every matrix product and convolution; elementwise work is not in it
-        one()
+        learn()
+    gflop = counter.get_total_flops() / 1e9
     for _ in range(2):
-        one()
-    seconds = sorted(one() for _ in range(20))
-    median = (seconds[9] + seconds[10]) / 2
+        learn()
+    times = [seconds(learn) for _ in range(20)]
+    median = statistics.median(times)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    evaluation = statistics.median(seconds(lambda: evaluate(model, task, "val", args.batch_size, args.batch_size, generator,
+                                                            device, args.dtype)) for _ in range(5))
     row = dict(task=args.task, rule=args.rule, alpha=args.alpha, fold=args.fold, batch_size=args.batch_size,
                context_steps=task.context_length, device=str(device), threads=args.threads, seconds_per_update=median,
-               fastest=seconds[0], slowest=seconds[-1], sequences_per_second=args.batch_size / median,
+               fastest=min(times), slowest=max(times), sequences_per_second=args.batch_size / median,
                context_steps_per_second=args.batch_size * task.context_length / median, peak_rss_bytes=peak,
                peak_cuda_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-               gflop_per_update=counter.get_total_flops() / 1e9, gflop_per_second=counter.get_total_flops() / 1e9 / median)
+               gflop_per_update=gflop, gflop_per_second=gflop / median, seconds_per_evaluation=evaluation)
     print(json.dumps(row))
 
 
