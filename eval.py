@@ -52,6 +52,7 @@ def load_run(run, device, overrides):
         if name != "data_dir" and trained.get(name) is None:
             raise ValueError(f"--{name.replace('_', '-')} is not a size of {args.task}, the task of {run}")
         setattr(args, name, value)
+    args.min_delay = None  # of training only
     try:
         task = make_task(args)
         model = build_model(args, task)

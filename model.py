@@ -137,6 +137,13 @@ class Cache:
         return torch.cat([k, self.k], dim=2), torch.cat([v, self.v], dim=2)
 
 
+def rotate(x, angle):
+    """Rotary positions (Su et al. 2021): pairs of channels of x (B, H, T, D) turn by angle (T, D/2), so that q·k depends
+    on how far apart two steps are and not on where they stand."""
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
+
+
 class Attention(nn.Module):
     """Multi-head attention, of many steps at once or of one step to a cache of those before it."""
 
@@ -149,13 +156,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(d_model, d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None, past=None, cache=None):
-        """x (B, T, C) -> (B, T, C), and the keys and values (B, H, T, C/H) of x.
+    def forward(self, x, angle, mask=None, past=None, cache=None):
+        """x (B, T, C) -> (B, T, C), and the keys and values (B, H, T, C/H) of x. angle (T, C/H/2): see rotate; or None.
 
         Many steps: they attend to `past`, keys and values (B, H, S, C/H) of S steps before them (or None), and among
         themselves as `mask` (T, S + T) says. One step: it attends to all in `cache`, to which it is added.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
+        if angle is not None:
+            q, k = rotate(q, angle), rotate(k, angle)
         if cache is not None:
             cache.append(k, v)
             out = cache.attend(q, self.dropout)  # (B, H, 1, C/H)
@@ -178,9 +187,9 @@ class Block(nn.Module):
         self.down = PlasticLinear(d_ff, d_model, rule, alpha_init, outer)
         self.dropout = nn.Dropout(dropout)
 
-    def attend(self, x, *seen):
-        """x (B, T, C) -> (B, T, C), and the keys and values of x. `seen`: see Attention."""
-        out, kv = self.attention(self.norm1(x), *seen)
+    def attend(self, x, angle, *seen):
+        """x (B, T, C) -> (B, T, C), and the keys and values of x. `angle` and `seen`: see Attention."""
+        out, kv = self.attention(self.norm1(x), angle, *seen)
         return x + out, kv
 
     def feed_forward(self, x, fast=None):
@@ -193,34 +202,45 @@ class Transformer(nn.Module):
     task         gives the sizes of what goes in and out (tasks.py): kind, n_out, context_length, query positions
     rule         none, hebbian or gradient
     window       a step attends to the last `window` steps, itself included; 0: to all
-    block_size   learned absolute positions; the queries of an episode all stand right after its context
+    position     learned: a vector for each of block_size absolute positions; rotary: relative, of any number of steps.
+                 The queries of an episode all stand right after its context.
     outer        alpha has rank one; fold: steps between two folds, 0 for none. Neither changes what a rule means.
-    alpha_init, eta0, max_norm, aux_dim    plasticity.py
+    alpha_init, eta0, max_norm, aux_dim, ablate    plasticity.py
     Raises ValueError where sizes do not fit.
     """
 
     def __init__(self, task, rule, n_layer=2, n_head=4, d_model=64, d_ff=128, dropout=0.0, window=0, block_size=None,
-                 filters=64, alpha_init=1.0, outer=False, fold=32, eta0=0.2, max_norm=1.0, aux_dim=4):
+                 filters=64, alpha_init=1.0, outer=False, fold=32, eta0=0.2, max_norm=1.0, aux_dim=4, position="learned",
+                 ablate="none"):
         super().__init__()
         if d_model % n_head:
             raise ValueError(f"--n-head {n_head} must divide --d-model {d_model}")
+        if position == "rotary" and d_model // n_head % 2:
+            raise ValueError(f"--position rotary turns pairs of channels: --d-model {d_model} over --n-head {n_head} must be even")
         if window < 0:
             raise ValueError(f"--window {window}: must be 0 (attend to all) or more")
         self.block_size = block_size or task.n_positions
-        if task.n_positions > self.block_size:
+        if position == "learned" and task.n_positions > self.block_size:
             raise ValueError(f"an episode of this task takes {task.n_positions} positions, --block-size gives "
                              f"{self.block_size}: make the episode shorter or --block-size larger")
         self.rule, self.window, self.fold = rule, window, fold
-        self.plasticity = Plasticity(rule, task.n_out, eta0, max_norm, aux_dim)
+        self.plasticity = Plasticity(rule, task.n_out, eta0, max_norm, aux_dim, ablate)
         self.embed = Embed(task, d_model, filters)
         # as large as the tokens where the order is what is learned (copy), else small: pairs may come in any order
         scale = 1.0 if task.kind == "token" else 0.02
-        self.position = nn.Parameter(scale * torch.randn(self.block_size, d_model))  # (block_size, C)
+        self.position = nn.Parameter(scale * torch.randn(self.block_size, d_model)) if position == "learned" else None
+        # how far rotary positions turn at each step, from a radian to 1/10,000 of it
+        speed = 10000.0 ** -torch.linspace(0, 1, d_model // n_head // 2)  # (C/H/2)
+        self.register_buffer("speed", speed if position == "rotary" else None, persistent=False)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(d_model, n_head, d_ff, dropout, rule, alpha_init, outer) for _ in range(n_layer))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, self.plasticity.n_head_rows)
+        if ablate in ("alpha", "backward"):
+            for name, parameter in self.blocks.named_parameters():
+                if name.split(".")[-1].startswith(("alpha", "beta")):
+                    parameter.requires_grad_(False)
 
     def forward(self, episodes, stepwise=False):
         """Read a batch of episodes (tasks.Episodes) -> answers (B, Q, n_out), or (B, T, n_out) without queries; Gates.
@@ -233,31 +253,37 @@ class Transformer(nn.Module):
         steps = torch.arange(T, device=context.device)
         age = steps[:, None] - steps  # (T, T): how many steps ago
         causal = (age >= 0) & (age < (self.window or T))
-        x = self.dropout(context + self.position[:T])
+        x, angle = self.place(context, steps)
         fast = None if self.rule == "none" else FastWeights(self.plasticity, self.fold)
         if fast is None and not stepwise:
             past = []
             for block in self.blocks:
-                x, kv = block.attend(x, causal)
+                x, kv = block.attend(x, angle, causal)
                 x = block.feed_forward(x)
                 past.append(kv)
             z = self.logits(x)  # (B, T, Z)
         else:
-            z, past = self.read_stepwise(x, causal, fast, writes=T if queries is not None else T - 1)
+            z, past = self.read_stepwise(x, angle, causal, fast, writes=T if queries is not None else T - 1)
         if queries is not None:
-            x = self.dropout(queries + self.position[T])  # (B, Q, C): each stands right after the context
+            x, angle = self.place(queries, steps[-1:] + 1)  # (B, Q, C): each stands right after the context
             itself = torch.eye(x.size(1), dtype=torch.bool, device=x.device)
             if fast is not None:
                 fast.fold_terms()
             for block, (k, v) in zip(self.blocks, past):
                 seen = torch.arange(k.size(2), device=x.device) > k.size(2) - (self.window or math.inf)  # (S): W - 1 of them
-                x, _ = block.attend(x, torch.cat([seen.expand(len(itself), -1), itself], dim=1), (k, v))
+                x, _ = block.attend(x, angle, torch.cat([seen.expand(len(itself), -1), itself], dim=1), (k, v))
                 x = block.feed_forward(x, fast)
             z = self.logits(x)  # (B, Q, Z)
         gates = None if fast is None else Gates(torch.cat(fast.eta, 1), torch.cat(fast.d_norm, 1))
         return z[..., :self.plasticity.n_out], gates
 
-    def read_stepwise(self, x, causal, fast, writes):
+    def place(self, x, steps):
+        """Tokens x (B, T, C) at `steps` (T), or at one for all -> x with its positions, and the angles of rotary ones."""
+        if self.position is not None:
+            return self.dropout(x + self.position[steps]), None
+        return self.dropout(x), steps[:, None] * self.speed
+
+    def read_stepwise(self, x, angle, causal, fast, writes):
         """Read the context x (B, T, C) and write after each of the first `writes` steps, as all that follows reads it.
 
         -> z (B, T, Z), and each block's keys and values.
@@ -265,14 +291,14 @@ class Transformer(nn.Module):
         learning = torch.is_grad_enabled()
         caches = [Cache(self.window, self.fold) for _ in self.blocks[1:]]
         # no step's fast weights have touched what the first block attends to: all steps can attend at once
-        x, kv = self.blocks[0].attend(x, causal)
+        x, kv = self.blocks[0].attend(x, angle, causal)
         zs = []
         # the gradient rule needs the derivatives of its internal loss in evaluation too
         with torch.set_grad_enabled(learning or self.rule == "gradient"):
             for t, x in enumerate(x.split(1, dim=1)):  # (B, 1, C)
                 x = self.blocks[0].feed_forward(x, fast)
                 for block, cache in zip(self.blocks[1:], caches):
-                    x, _ = block.attend(x, None, None, cache)
+                    x, _ = block.attend(x, angle if angle is None else angle[t:t + 1], None, None, cache)
                     x = block.feed_forward(x, fast)
                 z = self.logits(x)  # (B, 1, Z)
                 if fast is not None and t < writes:
@@ -289,4 +315,4 @@ def build_model(args, task):
     """The model that `args` (the flags of train.py) describes, for `task`. Raises ValueError where sizes do not fit."""
     return Transformer(task, args.rule, args.n_layer, args.n_head, args.d_model, args.d_ff, args.dropout, args.window,
                        args.block_size, args.filters, args.alpha_init, args.alpha == "outer", args.fold, args.eta0,
-                       args.max_norm, args.aux_dim)
+                       args.max_norm, args.aux_dim, args.position, args.ablate)

@@ -38,6 +38,7 @@ from torch import nn
 from torch.nn import functional as F
 
 RULES = ("none", "hebbian", "gradient")
+ABLATIONS = ("none", "eta", "alpha", "backward")
 
 
 class PlasticLinear(nn.Linear):
@@ -92,16 +93,21 @@ class Plasticity(nn.Module):
     eta0        eta_0, the largest rate of a write
     max_norm    a write with a larger ||D_t|| is scaled down to it; 0 or inf: never
     aux_dim     auxiliary outputs of the head (gradient only)
+    ablate      what is taken away: none; eta: no neuromodulation, sigmoid(m_t) is 1; alpha: alpha and beta stay where they
+                start; backward: the outer gradient passes through no write (x_s, u_s and eta_t are constants to it) and
+                alpha and beta stay, which leaves only slow weights to learn, as in the paper's own code
 
     `n_head_rows` is the size of z_t, the head's whole output, in this order: the task's n_out logits, the
     neuromodulator m_t (both plastic rules), aux_dim auxiliary numbers (gradient). No rule has rows it does not use.
     """
 
-    def __init__(self, rule, n_out, eta0=0.2, max_norm=1.0, aux_dim=4):
+    def __init__(self, rule, n_out, eta0=0.2, max_norm=1.0, aux_dim=4, ablate="none"):
         super().__init__()
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
-        self.rule, self.n_out, self.eta0, self.max_norm = rule, n_out, eta0, max_norm
+        if ablate not in ABLATIONS:
+            raise ValueError(f"ablate must be one of {', '.join(ABLATIONS)}, not {ablate!r}")
+        self.rule, self.n_out, self.eta0, self.max_norm, self.ablate = rule, n_out, eta0, max_norm, ablate
         self.n_head_rows = n_out + {"none": 0, "hebbian": 1, "gradient": 1 + aux_dim}[rule]
         if rule == "gradient":
             self.w_out = nn.Parameter(torch.ones(self.n_head_rows))  # (n_out + 1 + aux_dim)
@@ -114,12 +120,13 @@ class Plasticity(nn.Module):
         # L_t = mean((w_out ∘ z_t)²), one loss a sequence; sequences do not mix, so the sum has each one's gradient
         internal_loss = (self.w_out * z).square().mean(-1).sum()
         # u_t = -g_t, g_t = dL_t/dy_t; create_graph lets the outer loss differentiate through g_t (second order)
-        return [-g for g in torch.autograd.grad(internal_loss, ys, create_graph=learning)]
+        return [-g for g in torch.autograd.grad(internal_loss, ys, retain_graph=True, create_graph=learning)]
 
     def eta(self, z, d_norm_sq):
         """eta_t (B, 1) from z_t (B, 1, Z) and ||D_t||² (B, 1)."""
         # eta_t = eta_0 * sigmoid(m_t) * min(1, max_norm / ||D_t||)
-        eta = self.eta0 * torch.sigmoid(z[:, :, self.n_out])
+        m = z[:, :, self.n_out]  # (B, 1)
+        eta = self.eta0 * (torch.ones_like(m) if self.ablate == "eta" else torch.sigmoid(m))
         if 0 < self.max_norm < math.inf:
             # clamped before the root, whose derivative is infinite at ||D_t|| = 0
             eta = eta * self.max_norm / d_norm_sq.clamp(min=self.max_norm**2).sqrt()
@@ -136,7 +143,8 @@ class FastWeights:
 
     def __init__(self, plasticity, fold=0):
         self.plasticity, self.fold = plasticity, fold
-        self.learning = torch.is_grad_enabled()  # else: evaluation, where no history is kept for the outer gradient
+        # else no history is kept for the outer gradient: in evaluation, and where it is ablated
+        self.learning = torch.is_grad_enabled() and plasticity.ablate != "backward"
         self.matrix = {}  # of each layer: P_t0 (B, out, in) as a SharedMatrix
         self.decay = 1.0  # then (B, 1, 1): the product of 1 - eta_t since the fold, shared by all layers as eta_t is
         self.c = None  # then c_ts (B, S, 1) of the S writes since

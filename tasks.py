@@ -73,23 +73,32 @@ class SquaredError:
 
 
 class Copy(Classification):
-    """seq_len tokens of 1..V-2, `delay` blanks (0), a delimiter (V-1), then seq_len blanks at which to recall them."""
+    """seq_len tokens of 1..V-2, `delay` blanks (0), a delimiter (V-1), then seq_len blanks at which to recall them.
+
+    With `min_delay` a training batch's delay is drawn from min_delay to delay; validation and test have `delay`.
+    """
 
     kind = "token"
 
-    def __init__(self, seq_len=5, delay=20, vocab_size=10):
+    def __init__(self, seq_len=5, delay=20, vocab_size=10, min_delay=None):
         if vocab_size < 4:
             raise ValueError(f"--vocab-size {vocab_size}: needs at least 4: a blank, a delimiter and two tokens to copy")
+        if min_delay is not None and min_delay > delay:
+            raise ValueError(f"--min-delay {min_delay} is more than --delay {delay}")
         self.seq_len, self.delay, self.vocab_size = seq_len, delay, vocab_size
+        self.min_delay = delay if min_delay is None else min_delay
         self.n_out = vocab_size
         self.context_length = self.n_positions = 2 * seq_len + delay + 1
         self.item_steps = range(seq_len)
 
     def sample(self, split, batch_size, generator):
         items = torch.randint(1, self.vocab_size - 1, (batch_size, self.seq_len), generator=generator)  # (B, L)
-        context = torch.zeros(batch_size, self.context_length, dtype=torch.long)  # (B, T)
+        delay = self.delay
+        if split == "train" and self.min_delay < delay:
+            delay = torch.randint(self.min_delay, delay + 1, (), generator=generator).item()
+        context = torch.zeros(batch_size, 2 * self.seq_len + delay + 1, dtype=torch.long)  # (B, T)
         context[:, :self.seq_len] = items
-        context[:, self.seq_len + self.delay] = self.vocab_size - 1
+        context[:, self.seq_len + delay] = self.vocab_size - 1
         return Episodes(context, None, None, items)
 
     def describe(self, episodes):
@@ -304,7 +313,7 @@ def pack_omniglot(root):
 def make_task(args):
     """The task that `args` (task, its sizes, data_dir for images) describes. Raises ValueError where they do not fit."""
     if args.task == "copy":
-        return Copy(args.seq_len, args.delay, args.vocab_size)
+        return Copy(args.seq_len, args.delay, args.vocab_size, args.min_delay)
     if args.task == "cue":
         return Cue(args.pairs, args.cues)
     if args.task == "regression":

@@ -51,6 +51,14 @@ def oracle_sequence(model, context, queries):
     P = {layer: torch.zeros_like(layer.weight) for layer in layers}
     p = {layer: torch.zeros_like(layer.bias) for layer in layers}
     past = [[] for _ in model.blocks]  # of each block: (k, v) of every context step
+    ablate = model.plasticity.ablate
+
+    def turn(x, t):
+        """Rotary positions as complex numbers: channel j and channel j + D/2 of x (D) are one, times e^(i t speed_j)."""
+        half = len(x) // 2
+        speed = torch.tensor([10000.0 ** (-j / max(1, half - 1)) for j in range(half)], dtype=torch.float32)
+        turned = torch.complex(x[:half], x[half:]) * torch.exp(1j * (t * speed).double())
+        return torch.cat([turned.real, turned.imag])
 
     def plastic(layer, x, read):
         # y_t = (W + P_t) x_t + (b + p_t)
@@ -58,18 +66,20 @@ def oracle_sequence(model, context, queries):
         read[layer] = x, y
         return y
 
-    def step(x):
-        """One token (C) -> z_t, what each plastic layer read, and each block's (k, v)."""
+    def step(x, t):
+        """One token (C) at position t -> z_t, what each plastic layer read, and each block's (k, v)."""
         read, new = {}, []
         for block, seen in zip(model.blocks, past):
             attention = block.attention
             q, k, v = attention.qkv(block.norm1(x)).chunk(3)
+            size = len(q) // attention.n_head
+            if model.position is None:
+                q, k = (torch.cat([turn(part, t) for part in whole.split(size)]) for whole in (q, k))
             new.append((k, v))
             seen = seen + [(k, v)]
             if model.window:
                 seen = seen[-model.window:]
             heads = []
-            size = len(q) // attention.n_head
             for h in range(attention.n_head):
                 part = slice(h * size, (h + 1) * size)
                 scores = torch.stack([q[part] @ k_s[part] / math.sqrt(size) for k_s, _ in seen])
@@ -78,9 +88,12 @@ def oracle_sequence(model, context, queries):
             x = x + plastic(block.down, F.gelu(plastic(block.up, block.norm2(x), read)), read)
         return model.head(model.norm(x)), read, new
 
+    def place(token, t):
+        return token if model.position is None else token + model.position[t]
+
     answers, etas = [], []
     for t, token in enumerate(context):
-        z, read, new = step(token + model.position[t])
+        z, read, new = step(place(token, t), t)
         answers.append(z[:n_out])
         for seen, kv in zip(past, new):
             seen.append(kv)
@@ -97,7 +110,9 @@ def oracle_sequence(model, context, queries):
             d = {layer: read[layer][1] for layer in layers}
         norm = torch.sqrt(sum((D[layer] ** 2).sum() for layer in layers))
         scale = torch.ones_like(norm) if model.plasticity.max_norm == 0 else (model.plasticity.max_norm / norm).clamp(max=1)
-        eta = model.plasticity.eta0 * torch.sigmoid(z[n_out]) * scale
+        eta = model.plasticity.eta0 * (1 if ablate == "eta" else torch.sigmoid(z[n_out])) * scale
+        if ablate == "backward":
+            eta, D, d = eta.detach(), {k: v.detach() for k, v in D.items()}, {k: v.detach() for k, v in d.items()}
         etas.append(eta)
         for layer in layers:
             # P_{t+1} = (1 - eta_t) P_t + eta_t * alpha ∘ D_t
@@ -105,7 +120,7 @@ def oracle_sequence(model, context, queries):
             P[layer] = (1 - eta) * P[layer] + eta * alpha * D[layer]
             p[layer] = (1 - eta) * p[layer] + eta * layer.beta * d[layer]
     if queries is not None:  # each reads as if it alone came next, and writes nothing
-        answers = [step(query + model.position[len(context)])[0][:n_out] for query in queries]
+        answers = [step(place(query, len(context)), len(context))[0][:n_out] for query in queries]
     return torch.stack(answers), torch.stack(etas) if etas else torch.zeros(0)
 
 
@@ -128,8 +143,8 @@ def draw(task, batch_size, seed=0, split="train"):
 def gradients(model, out):
     """d(a fixed random weighting of out)/d(parameter), for every parameter by name."""
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
-    grads = torch.autograd.grad((out * weights).sum(), list(model.parameters()), allow_unused=True)
-    return {name: grad for (name, _), grad in zip(model.named_parameters(), grads)}
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(zip(learned, torch.autograd.grad((out * weights).sum(), list(learned.values()), allow_unused=True)))
 
 
 def assert_close(a, b, what, tolerance=1e-9):
@@ -147,6 +162,9 @@ def check_against_oracle(task, rule, **sizes):
         assert eta.std() > 0.01 * eta.mean(), "every eta is the same, so this shows too little"
     ours, theirs = gradients(model, out), gradients(model, expected)
     for name in ours:
+        if model.plasticity.ablate == "backward" and name == "plasticity.w_out":
+            assert ours[name] is None and theirs[name] is None
+            continue
         assert ours[name] is not None and theirs[name] is not None, f"no gradient reaches {name}"
         scale = max(1.0, theirs[name].abs().max().item())
         assert_close(ours[name] / scale, theirs[name] / scale, f"the gradient of {name}")
@@ -187,6 +205,29 @@ def test_oracle_with_folding():
                 check_against_oracle(Cue(5, 6), rule, fold=2, outer=outer, window=window)
     check_against_oracle(Copy(3, 2, 5), "none", fold=2)
     check_against_oracle(Cue(1, 6), "gradient", fold=2)  # one query
+
+
+def test_oracle_with_rotary_positions():
+    for rule in RULES:
+        for window in (0, 3):
+            for task in (Copy(2, 2, 5), Regression(2, 4, 2)):
+                check_against_oracle(task, rule, window=window, position="rotary")
+    model = Transformer(Copy(2, 2, 5), "hebbian", d_model=8, d_ff=8, position="rotary")  # no longest episode
+    assert model(Copy(2, 40, 5).sample("test", 2, random_generator(0, "test")))[0].shape == (2, 45, 5)
+
+
+def test_oracle_with_ablations():
+    for rule in ("hebbian", "gradient"):
+        for ablate in ("eta", "alpha", "backward"):
+            for sizes in (dict(fold=0), dict(fold=2), dict(fold=2, outer=True)):
+                for task in (Copy(2, 2, 5), Cue(4, 6)):
+                    check_against_oracle(task, rule, ablate=ablate, **sizes)
+            model = small_model(Copy(2, 2, 5), rule, ablate=ablate)
+            grads = gradients(model, model(draw(Copy(2, 2, 5), 2))[0])
+            assert any("alpha" in name or "beta" in name for name in grads) == (ablate == "eta")
+            # the neuromodulator's row: without it, m_t is but one more number of the gradient rule's internal loss
+            moves = (grads["head.weight"][model.plasticity.n_out] != 0).any()
+            assert moves == (ablate == "alpha" or ablate == "eta" and rule == "gradient")
 
 
 def test_shared_matrix():
@@ -389,6 +430,12 @@ def test_copy_episodes():
     # recall is scored at the last three steps, not at the blanks before
     out = F.one_hot(torch.cat([torch.zeros(200, 8, dtype=torch.long), items], 1), 6).float()
     assert task.score(out, episodes.target).eq(1).all() and task.score(out.roll(1, 1), episodes.target).mean() < 0.5
+    # delays from 2 to 5 in training, always 5 in a test; the delimiter stands three before the end's recall
+    task, generator = Copy(seq_len=3, delay=5, vocab_size=6, min_delay=2), random_generator(0, "train")
+    for split, delays in (("train", {2, 3, 4, 5}), ("test", {5})):
+        batches = [task.sample(split, 2, generator) for _ in range(50)]
+        assert {b.support_x.size(1) - 7 for b in batches} == delays
+        assert all((b.support_x[:, -4] == 5).all() and (b.support_x[:, :3] == b.target).all() for b in batches)
 
 
 def test_cue_episodes():
@@ -707,7 +754,9 @@ def test_bad_arguments():
                 ("--window -1", "--window"), ("--delay 40 --block-size 31", "--block-size"), ("--steps 0", "--steps"),
                 ("--steps ten", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--eta0 2", "--eta0"),
                 ("--alpha-init inf", "--alpha-init"), ("--max-norm -1", "--max-norm"), ("--dropout 1", "--dropout"),
-                ("--rule magic", "--rule"), ("--fold -1", "--fold"), ("--alpha rank2", "--alpha"), ("--task cue --delay 3", "--delay"), ("--vocab-size 3", "--vocab-size"),
+                ("--rule magic", "--rule"), ("--fold -1", "--fold"), ("--alpha rank2", "--alpha"), ("--ablate all", "--ablate"),
+                ("--position rotary --d-model 12 --n-head 4", "--position rotary"), ("--delay 5 --min-delay 6", "--min-delay 6"),
+                ("--task cue --delay 3", "--delay"), ("--vocab-size 3", "--vocab-size"),
                 ("--warmup-steps 5", "--warmup-steps"), ("--dtype bfloat16 --device cpu", "--dtype"), ("--nonsense", "--nonsense"),
                 *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda")])):
             assert said in refused(train.main, *argv.split(), "--out-dir", out, "--data-dir", packs), argv

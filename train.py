@@ -22,20 +22,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import build_model
-from plasticity import RULES
+from plasticity import ABLATIONS, RULES
 from tasks import make_task, random_generator, save
 
 # Every task's own defaults: its sizes, then the model's, then the training's.
 SMALL = dict(n_layer=2, d_model=64, d_ff=128, warmup_steps=0)
 IMAGES = dict(ways=5, shots=1, queries=5, n_layer=2, d_model=128, d_ff=256, lr=1e-3, batch_size=16)
 DEFAULTS = {
-    "copy": dict(seq_len=5, delay=20, vocab_size=10, **SMALL, steps=400, batch_size=32, lr=3e-3),
+    "copy": dict(seq_len=5, delay=20, min_delay=None, vocab_size=10, **SMALL, steps=400, batch_size=32, lr=3e-3),
     "cue": dict(pairs=8, cues=20, **SMALL, steps=1000, batch_size=32, lr=3e-3),
     "regression": dict(dim=3, support=10, queries=10, **{**SMALL, "n_layer": 4}, steps=1500, batch_size=32, lr=1e-3),
     "cifarfs": dict(**IMAGES, steps=800, warmup_steps=1000),
     "omniglot": dict(**IMAGES, steps=800, warmup_steps=0),
 }
-SIZES = ("seq_len", "delay", "vocab_size", "pairs", "cues", "dim", "support", "queries", "ways", "shots")
+SIZES = ("seq_len", "delay", "min_delay", "vocab_size", "pairs", "cues", "dim", "support", "queries", "ways", "shots")
 ALPHA_INIT = {"none": 1.0, "hebbian": 8.0, "gradient": 1.0}
 LR_WARMUP, CLIP, WEIGHT_DECAY = 50, 1.0, 0.01  # updates, gradient norm, AdamW
 WARMUP_BATCH = 128  # images in an update of the encoder's warm-up
@@ -66,12 +66,13 @@ def number(kind, low, high=math.inf, above=False):
 def add_size_flags(parser, names=SIZES):
     """The sizes of an episode; each belongs to one or two tasks."""
     said = {"seq_len": "copy: tokens to remember", "delay": "copy: blanks before the delimiter",
+            "min_delay": "copy: train on delays from this to --delay, default: --delay",
             "vocab_size": "copy: tokens there are", "pairs": "cue: pairs shown", "cues": "cue: cues there are",
             "dim": "regression: inputs", "support": "regression: pairs shown",
             "queries": "regression: queries; images: queries a class", "ways": "images: classes of an episode",
             "shots": "images: labelled images a class"}
     for name in names:
-        parser.add_argument("--" + name.replace("_", "-"), type=number(int, 0 if name == "delay" else 1), help=said[name])
+        parser.add_argument("--" + name.replace("_", "-"), type=number(int, 0 if "delay" in name else 1), help=said[name])
 
 
 def parse_args(argv=None):
@@ -90,6 +91,7 @@ def parse_args(argv=None):
     group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0)
     group.add_argument("--window", type=number(int, 0), default=0, help="attend to the last W steps, itself included; 0: all")
     group.add_argument("--block-size", type=whole, help="learned positions, default: the episode's length")
+    group.add_argument("--position", choices=("learned", "rotary"), default="learned", help="absolute or relative")
     group.add_argument("--filters", type=whole, default=64, help="images: filters of the Conv-4 encoder")
     group = parser.add_argument_group("plasticity")
     group.add_argument("--alpha", choices=("full", "outer"), default="full", help="outer: of rank one, faster")
@@ -98,6 +100,7 @@ def parse_args(argv=None):
     group.add_argument("--eta0", type=number(float, 0, 1), default=0.2, help="largest rate of a write")
     group.add_argument("--max-norm", type=number(float, 0), default=1.0, help="a larger write is scaled down; 0: never")
     group.add_argument("--aux-dim", type=number(int, 0), default=4, help="gradient: auxiliary outputs of the head")
+    group.add_argument("--ablate", choices=ABLATIONS, default="none", help="what of plasticity is taken away, see README")
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=whole, help="updates, default by task")
     group.add_argument("--batch-size", type=whole, help="episodes an update, default by task")
