@@ -19,6 +19,9 @@ import torch
 from model import build_model
 from tasks import make_task, random_generator
 from train import add_size_flags, evaluate, fail, number, pick_device, prepare_cpu
+from train import parse_args as train_args
+
+SIZES = ("seq_len", "delay", "pairs", "support", "queries", "ways", "shots")  # those that a test may change
 
 
 def interval(scores):
@@ -46,6 +49,7 @@ def load_run(run, device, overrides):
     if "ways" in trained and trained["ways"]:
         args.queries = 15  # a class, as in the literature; training may use fewer
         args.n_out = args.ways
+    args.flags = flags(trained)
     for name, value in overrides.items():
         if value is None:
             continue
@@ -61,6 +65,27 @@ def load_run(run, device, overrides):
         raise ValueError(f"{run}/best.pt does not fit the model its own arguments describe: "
                          + str(error).strip().split("\n")[-1].strip()) from error
     return task, model.to(device), args, state["step"]
+
+
+def flags(trained):
+    """What a run was told beyond its task, rule and seed, as train.py's flags. It says nothing of the places and the machine."""
+    usual = vars(train_args(["--task", trained["task"], "--rule", trained["rule"]]))
+    other = ("seed", "out_dir", "data_dir", "device", "threads", "eval_interval", "eval_batches", "block_size", "bench")
+    return " ".join(f"--{name.replace('_', '-')} {trained[name]}" for name in usual
+                    if name not in other and trained.get(name, usual[name]) != usual[name])
+
+
+def recorded(run):
+    """What eval.py --json once wrote about a run that is kept without its checkpoint, as results/ does. Raises ValueError."""
+    rows = []
+    for path in sorted(Path(run).glob("eval*.json")):
+        try:
+            rows += [{**row, "run": str(run)} for row in json.loads(path.read_text())]
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not what eval.py --json writes ({error})") from error
+    if not rows:
+        raise ValueError(f"{run} has neither best.pt nor eval.json: name directories that train.py wrote, or kept results")
+    return rows
 
 
 def learning_curve(run):
@@ -87,7 +112,8 @@ def measure(run, options, device):
     result = test()
     sizes = {name: getattr(args, name) for name in ("seq_len", "delay", "pairs", "cues", "dim", "support", "ways", "shots",
                                                     "queries") if getattr(args, name, None) is not None}
-    row = dict(run=str(run), task=args.task, rule=args.rule, window=args.window, seed=args.seed, sizes=sizes, step=step,
+    tested = " ".join(f"--{name.replace('_', '-')} {options.overrides[name]}" for name in SIZES if options.overrides[name])
+    row = dict(run=str(run), task=args.task, rule=args.rule, flags=args.flags, tested=tested, window=args.window, seed=args.seed, sizes=sizes, step=step,
                minutes=learning_curve(run)[-1]["seconds"] / 60, metric=task.metric, episodes=options.episodes,
                interval=interval(result["scores"]), **{k: result[k] for k in ("score", "loss", "eta", "write_norm", "gates")})
     if result["gates"]:
@@ -181,10 +207,9 @@ def parse_args(argv=None):
     parser.add_argument("--data-dir", help="default: where the run had it")
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     parser.add_argument("--plot", metavar="FILE.png", help="draw learning curves and gates (needs matplotlib)")
-    sizes = ("seq_len", "delay", "pairs", "support", "queries", "ways", "shots")
-    add_size_flags(parser.add_argument_group("episodes (default: as trained, images with 15 queries a class)"), sizes)
+    add_size_flags(parser.add_argument_group("episodes (default: as trained, images with 15 queries a class)"), SIZES)
     options = parser.parse_args(argv)
-    options.overrides = {name: getattr(options, name) for name in (*sizes, "data_dir")}
+    options.overrides = {name: getattr(options, name) for name in (*SIZES, "data_dir")}
     if options.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs matplotlib: pip install matplotlib")
     return options
