@@ -1,7 +1,8 @@
 """Measure trained runs: test score, lesion, gates.
 
     python eval.py out/copy-hebbian-s0                   # one run in detail
-    python eval.py out/copy-*-s*                         # several: one table, mean ± s.d. over seeds
+    python eval.py out/copy-*-s*                         # several: one table, mean ± s.d. over seeds, and the claims
+    python eval.py results/*                             # the README's tables, from what is kept of its runs
     python eval.py out/copy-hebbian-s0 --delay 15        # how far does it carry?
     python eval.py RUN --json FILE --plot FILE.png
 
@@ -17,11 +18,22 @@ from pathlib import Path
 import torch
 
 from model import build_model
+from plasticity import RULES
 from tasks import make_task, random_generator
 from train import add_size_flags, evaluate, fail, number, pick_device, prepare_cpu
 from train import parse_args as train_args
 
 SIZES = ("seq_len", "delay", "pairs", "support", "queries", "ways", "shots")  # those that a test may change
+# Levels to hold a score against; the paper's figures with none, hebbian and gradient (mean ± s.d. of 3 seeds); and what there
+# is to learn, the distance from guessing to perfect
+REFERENCE = {
+    "copy": ("chance 0.125, the right tokens in any order about 0.37", ("0.721", "0.727", "0.745"), 0.875),
+    "cue": ("guessing the mean 0.083", ("0.053 ± 0.020", "0.065 ± 0.036", "0.064 ± 0.020"), 1 / 12),
+    "regression": ("guessing 0 gives 4, least squares 0", ("1.997 ± 0.266", "1.546 ± 0.064", "1.589 ± 0.038"), 4.0),
+    "cifarfs": ("chance 1/ways; 5-way 1-shot: ProtoNet 0.555, MAML 0.589, R2D2 0.60 to 0.62",
+                ("0.289 ± 0.028", "0.319 ± 0.017", "0.274 ± 0.038"), 0.8),
+    "omniglot": ("chance 1/ways; 5-way 1-shot: MAML 0.987, R2D2 0.989", ("0.192 ± 0.020", "0.237 ± 0.028", "0.201 ± 0.012"), 0.8),
+}
 
 
 def interval(scores):
@@ -49,7 +61,6 @@ def load_run(run, device, overrides):
     if "ways" in trained and trained["ways"]:
         args.queries = 15  # a class, as in the literature; training may use fewer
         args.n_out = args.ways
-    args.flags = flags(trained)
     for name, value in overrides.items():
         if value is None:
             continue
@@ -61,6 +72,7 @@ def load_run(run, device, overrides):
         task = make_task(args)
         model = build_model(args, task)
         model.load_state_dict(state["model"])
+        args.flags = flags(trained)
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{run}/best.pt does not fit the model its own arguments describe: "
                          + str(error).strip().split("\n")[-1].strip()) from error
@@ -84,7 +96,7 @@ def recorded(run):
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path} is not what eval.py --json writes ({error})") from error
     if not rows:
-        raise ValueError(f"{run} has neither best.pt nor eval.json: name directories that train.py wrote, or kept results")
+        raise ValueError(f"{run} has no best.pt and no eval.json: name run directories that train.py wrote, or kept results")
     return rows
 
 
@@ -113,8 +125,8 @@ def measure(run, options, device):
     sizes = {name: getattr(args, name) for name in ("seq_len", "delay", "pairs", "cues", "dim", "support", "ways", "shots",
                                                     "queries") if getattr(args, name, None) is not None}
     tested = " ".join(f"--{name.replace('_', '-')} {options.overrides[name]}" for name in SIZES if options.overrides[name])
-    row = dict(run=str(run), task=args.task, rule=args.rule, flags=args.flags, tested=tested, window=args.window, seed=args.seed, sizes=sizes, step=step,
-               minutes=learning_curve(run)[-1]["seconds"] / 60, metric=task.metric, episodes=options.episodes,
+    row = dict(run=str(run), task=args.task, rule=args.rule, flags=args.flags, tested=tested, window=args.window, seed=args.seed,
+               sizes=sizes, step=step, minutes=learning_curve(run)[-1]["seconds"] / 60, metric=task.metric, episodes=options.episodes,
                interval=interval(result["scores"]), **{k: result[k] for k in ("score", "loss", "eta", "write_norm", "gates")})
     if result["gates"]:
         model.plasticity.eta0 = 0.0  # the lesion: nothing is ever written
@@ -149,28 +161,96 @@ def report(row):
         yield f"  {t:4}  {row['tokens'][t]:<14} {eta:8.5f} {d_norm:9.3f} {write:8.5f} {'#' * round(40 * write / most)}"
 
 
-def table(rows):
-    """Several runs as lines of text: a row a task, its sizes, window and rule; mean ± s.d. over the seeds."""
+def by_experiment(rows):
+    """{(task, flags, tested sizes): {rule: the rows of its seeds}}, in the order of the tasks, then of the flags."""
     groups = {}
-    for row in rows:
-        key = (row["task"], " ".join(str(v) for v in row["sizes"].values()), row["window"], row["rule"])
-        groups.setdefault(key, []).append(row)
-    yield "| task | sizes | window | rule | seeds | metric | test | lesioned | persistence | selectivity | write | minutes |"
-    yield "|" + " --- |" * 12
-    for (name, _, window, rule), group in groups.items():
-        sizes = ", ".join(f"{k} {v}" for k, v in group[0]["sizes"].items())
+    for row in sorted(rows, key=lambda r: (list(REFERENCE).index(r["task"]), r["flags"], r["tested"], RULES.index(r["rule"]))):
+        groups.setdefault((row["task"], row["flags"], row["tested"]), {}).setdefault(row["rule"], []).append(row)
+    return groups
 
-        def cell(key, digits):
-            values = [row[key] for row in group if row.get(key) is not None]
-            if not values:
-                return "-"
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            return f"{statistics.mean(values):.{digits}f}{spread}"
 
-        digits = 3 if group[0]["metric"] == "accuracy" else 5
-        yield (f"| {name} | {sizes} | {window or 'all'} | {rule} | {len(group)} | {group[0]['metric']} | "
-               f"{cell('score', digits)} | {cell('lesion', digits)} | {cell('persistence', 3)} | "
-               f"{cell('selectivity', 2)} | {cell('write_norm', 3)} | {cell('minutes', 1)} |")
+def mean(rows, key):
+    """Mean and standard error of a figure over the seeds; of one seed's score, over its episodes."""
+    values = [row[key] for row in rows]
+    if len(values) > 1:
+        return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    return values[0], rows[0]["interval"] / 1.96 if key == "score" else math.inf
+
+
+def table(rows):
+    """Several runs as lines of text: a row an experiment and rule; ± is the s.d. over seeds, of one seed its 95% interval."""
+    yield "| task, metric | flags | rule | seeds | test | lesioned | persistence | selectivity | write | paper | minutes |"
+    yield "|" + " --- |" * 11
+    for (task, flags, tested), rules in by_experiment(rows).items():
+        digits = 3 if next(iter(rules.values()))[0]["metric"] == "accuracy" else 5
+        for rule, group in rules.items():
+
+            def cell(key, digits):
+                values = [row[key] for row in group if row.get(key) is not None]
+                if not values:
+                    return "-"
+                spread = statistics.stdev(values) if len(values) > 1 else group[0]["interval"] if key == "score" else None
+                return f"{statistics.mean(values):.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+            told = " ".join(filter(None, [flags, tested and f"(tested with {tested})"]))
+            paper = "-" if told else REFERENCE[task][1][RULES.index(rule)]
+            yield (f"| {task}, {group[0]['metric']} | {told or '-'} | {rule} | {len(group)} | {cell('score', digits)} | "
+                   f"{cell('lesion', digits)} | {cell('persistence', 3)} | {cell('selectivity', 1)} | "
+                   f"{cell('write_norm', 3)} | {paper} | {cell('minutes', 1)} |")
+    seen = {row["task"] for row in rows}
+    yield ""
+    yield "Levels: " + "; ".join(f"{task}: {levels}" for task, (levels, _, _) in REFERENCE.items() if task in seen) + "."
+
+
+def better(one, other):
+    """Is the score of rows `one` better than that of rows `other`: 1 yes, -1 worse, 0 neither.
+
+    A difference counts if it is more than two standard errors, and more than a hundredth of what there is to learn.
+    """
+    (a, se_a), (b, se_b) = mean(one, "score"), mean(other, "score")
+    if abs(a - b) <= max(2 * math.hypot(se_a, se_b), 0.01 * REFERENCE[one[0]["task"]][2]):
+        return 0
+    return 1 if (a > b) == (one[0]["metric"] == "accuracy") else -1
+
+
+def claims(rows):
+    """The paper's claims (section 4 of its results) as lines of text, each with the verdict that the figures give."""
+    groups = by_experiment(row for row in rows if "--ablate" not in row["flags"])
+
+    def line(claim, wanted, outcome):
+        """`outcome` says of the rules of an experiment that is `wanted` if they are for the claim (1), against it (-1) or neither."""
+        found = {key: rules for key, rules in groups.items() if wanted(key[0], rules)}
+        outcomes = [outcome(rules) for rules in found.values()]
+        verdict = "holds" if set(outcomes) == {1} else "holds only in part" if 1 in outcomes else "does not hold"
+        scores = (" ".join(filter(None, key)) + ": " + ", ".join(
+            f"{rule} {mean(group, 'score')[0]:.4g} ± {mean(group, 'score')[1]:.1g} ({len(group)})" for rule, group in rules.items())
+            for key, rules in found.items())
+        counts = f"{outcomes.count(1)} for it, {outcomes.count(-1)} against, {outcomes.count(0)} undecided"
+        return f"| {claim} | {verdict}: {counts} | {'<br>'.join(scores)} |" if found else ""
+
+    plastic = {"hebbian", "gradient"}
+    yield line("1 Hebbian is best in copying, regression and few-shot", lambda task, r: task != "cue" and plastic <= set(r),
+               lambda r: min(better(r["hebbian"], r[other]) for other in r if other != "hebbian"))
+    yield line("2 Gradient is best at copying over long delays",
+               lambda task, r: task == "copy" and plastic <= set(r) and r["gradient"][0]["sizes"]["delay"] >= 20,
+               lambda r: better(r["gradient"], r["hebbian"]))
+    yield line("3 Static weights suffice for cues", lambda task, r: task == "cue" and "none" in r and len(r) > 1,
+               lambda r: -1 if any(better(r[rule], r["none"]) == 1 for rule in r) else 1)
+    for name, text, kept in (("persistence", "Gradient's updates persist (mean eta / eta_0)", "gradient"),
+                             ("write_norm", "Gradient's updates are large (mean write, eta times the norm of D)", "gradient"),
+                             ("selectivity", "Hebbian is gated around salient events (selectivity)", "hebbian")):
+        found = {key: {rule: mean(r[rule], name)[0] for rule in ("hebbian", "gradient")} for key, r in groups.items()
+                 if plastic <= set(r) and all(name in row for rule in plastic for row in r[rule])}
+        larger = sum(max(values, key=values.get) == kept for values in found.values())
+        values = (" ".join(filter(None, key)) + ": " + ", ".join(f"{rule} {value:.3g}" for rule, value in v.items())
+                  for key, v in found.items())
+        if found:
+            yield (f"| 4 {text} | {'holds' if larger == len(found) else 'holds only in part' if larger else 'does not hold'}: larger "
+                   f"with {kept} in {larger} of {len(found)} | {'<br>'.join(values)} |")
+    for regime, where in (("over the whole episode", False), ("over a window", True)):
+        yield line(f"5 Plasticity adds to attention {regime}",
+                   lambda task, r: "none" in r and len(r) > 1 and bool(r["none"][0]["window"]) == where,
+                   lambda r: max(better(r[rule], r["none"]) for rule in r if rule != "none"))
 
 
 def plot(rows, path):
@@ -222,10 +302,18 @@ def main(argv=None):
         device = pick_device(options.device)
         rows = []
         for run in options.runs:
+            if Path(run).is_file():  # beside the runs in results/*
+                continue
+            if not (Path(run) / "best.pt").exists():
+                rows += recorded(run)
+                continue
             rows.append(measure(run, options, device))
             print("\n".join(report(rows[-1])), flush=True)
+        if not rows:
+            raise ValueError(f"{options.runs[0]} is a file: name run directories that train.py wrote, or kept results")
         if len(rows) > 1:
             print("\n".join(table(rows)))
+            print("\n".join(["", "| claim | verdict | figures |", "| --- | --- | --- |", *filter(None, claims(rows))]))
         if options.json:
             Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
         if options.plot:

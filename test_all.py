@@ -678,9 +678,52 @@ def test_evaluation_of_a_run():
         assert "positions" in refused(evaluation.main, run, "--delay", 5)
         assert "--ways" in refused(evaluation.main, run, "--ways", 5)
         # several runs: one row for both seeds
-        run_train(*TINY_COPY, "--rule", "hebbian", "--steps", 1, "--seed", 1, "--block-size", 9, "--out-dir", f"{folder}/b")
-        text = run_eval(run, f"{folder}/b", "--episodes", 10).splitlines()[-3:]
-        assert text[0].startswith("| task") and "| hebbian | 2 |" in text[2] and " ± " in text[2]
+        run_train(*TINY_COPY, "--rule", "hebbian", "--steps", 4, "--seed", 1, "--block-size", 9, "--out-dir", f"{folder}/b")
+        text = run_eval(run, f"{folder}/b", "--episodes", 10, "--json", f"{folder}/eval.json")
+        text = text[text.index("| task"):]
+        assert "| hebbian | 2 |" in text.splitlines()[2] and " ± " in text.splitlines()[2]
+        # kept without the checkpoints, they give the same table; files beside them are passed over
+        (Path(folder) / "kept").mkdir()
+        os.replace(f"{folder}/eval.json", f"{folder}/kept/eval.json")
+        assert run_eval(f"{folder}/kept", __file__) == text
+        (Path(folder) / "kept/eval.json").write_text('[{"run": ')
+        assert "eval.json is not" in refused(evaluation.main, f"{folder}/kept")
+        assert "no eval.json" in refused(evaluation.main, folder)
+
+
+def test_claims_follow_from_the_figures():
+    def rows(task, rule, scores, flags="", **more):
+        metric = "mse" if task in ("cue", "regression") else "accuracy"
+        return [dict(task=task, rule=rule, flags=flags, tested="", window="window" in flags, score=score, metric=metric,
+                     interval=0.1, sizes={"delay": 20}, **more) for score in scores]
+
+    def verdict(number, *groups):
+        found = [line.split(" | ")[1] for line in evaluation.claims(sum(groups, [])) if line.startswith(f"| {number}")]
+        return found[0].split(":")[0] if found else None
+
+    low, high, wide = [0.5, 0.51, 0.52], [0.8, 0.81, 0.82], [0.1, 0.8, 1.0]
+    # better by more than two standard errors and more than a hundredth of what there is to learn, the right way round
+    assert verdict(2, rows("copy", "hebbian", low), rows("copy", "gradient", high)) == "holds"
+    assert verdict(2, rows("copy", "hebbian", high), rows("copy", "gradient", low)) == "does not hold"
+    assert verdict(2, rows("copy", "hebbian", low), rows("copy", "gradient", wide)) == "does not hold"
+    assert verdict(2, rows("copy", "hebbian", [0.990, 0.990]), rows("copy", "gradient", [0.998, 0.998])) == "does not hold"
+    assert verdict(1, rows("regression", "hebbian", [0.9, 0.91]), rows("regression", "gradient", [2.1, 2.0])) == "holds"
+    assert verdict(1, rows("regression", "hebbian", [2.1, 2.0]), rows("regression", "gradient", [0.9, 0.91])) == "does not hold"
+    both = [*rows("copy", "hebbian", high), *rows("copy", "gradient", low), *rows("omniglot", "hebbian", low),
+            *rows("omniglot", "gradient", high)]
+    assert verdict(1, both) == "holds only in part"
+    # only runs with the same flags are compared, and ablations are not among them
+    assert verdict(2, rows("copy", "hebbian", low, "--steps 9"), rows("copy", "gradient", high)) is None
+    assert verdict(2, rows("copy", "hebbian", low, "--ablate eta"), rows("copy", "gradient", high, "--ablate eta")) is None
+    for score, expected in ((0.0002, "holds"), (0.08, "does not hold")):
+        assert verdict(3, rows("cue", "none", [score] * 2), rows("cue", "hebbian", [0.0001] * 2)) == expected
+    gates = [*rows("copy", "hebbian", high, persistence=0.1, write_norm=2.0), *rows("copy", "gradient", high, persistence=0.2, write_norm=1.0)]
+    assert verdict("4 Gradient's updates persist", gates) == "holds"
+    assert verdict("4 Gradient's updates are large", gates) == "does not hold"
+    assert verdict("4 Hebbian", gates) is None
+    window = "--window 1"
+    assert verdict("5 Plasticity adds to attention over a window", rows("cue", "none", [0.083] * 2, window),
+                   rows("cue", "hebbian", [0.001] * 2, window)) == "holds"
 
 
 def test_best_is_the_lowest_error():
@@ -764,6 +807,7 @@ def test_bad_arguments():
         out.write_text("a file")
         assert str(out) in refused(train.main, "--steps", 1, "--out-dir", out) and out.read_text() == "a file"
         assert "no best.pt" in refused(evaluation.main, folder)
+        assert str(out) in refused(evaluation.main, out)
 
 
 def test_damaged_packs_and_checkpoints():
@@ -822,7 +866,8 @@ def test_commands_from_outside():
         assert ran.returncode == 0 and "on cpu" in ran.stdout, ran.stderr
         assert sorted(p.name for p in (Path(folder) / "out/copy-none-s0").iterdir()) == ["best.pt", "ckpt.pt", "metrics.jsonl"]
         bad = command(HERE / "eval.py", "out/nowhere")
-        assert bad.returncode == 2 and bad.stderr == "error: out/nowhere has no best.pt: name a run directory that train.py wrote\n"
+        assert bad.returncode == 2 and bad.stderr == (
+            "error: out/nowhere has no best.pt and no eval.json: name run directories that train.py wrote, or kept results\n")
 
 
 
