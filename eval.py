@@ -72,7 +72,7 @@ def load_run(run, device, overrides):
         task = make_task(args)
         model = build_model(args, task)
         model.load_state_dict(state["model"])
-        args.flags = flags(trained)
+        args.trained = {name: value for name, value in trained.items() if name not in ("out_dir", "data_dir", "bench")}
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{run}/best.pt does not fit the model its own arguments describe: "
                          + str(error).strip().split("\n")[-1].strip()) from error
@@ -82,7 +82,7 @@ def load_run(run, device, overrides):
 def flags(trained):
     """What a run was told beyond its task, rule and seed, as train.py's flags. It says nothing of the places and the machine."""
     usual = vars(train_args(["--task", trained["task"], "--rule", trained["rule"]]))
-    other = ("seed", "out_dir", "data_dir", "device", "threads", "eval_interval", "eval_batches", "block_size", "bench")
+    other = ("seed", "device", "threads", "eval_interval", "eval_batches", "block_size", "out_dir", "data_dir", "bench")
     return " ".join(f"--{name.replace('_', '-')} {trained[name]}" for name in usual
                     if name not in other and trained.get(name, usual[name]) != usual[name])
 
@@ -92,8 +92,9 @@ def recorded(run):
     rows = []
     for path in sorted(Path(run).glob("eval*.json")):
         try:
-            rows += [{**row, "run": str(run)} for row in json.loads(path.read_text())]
-        except (OSError, ValueError, TypeError) as error:
+            # the flags are said against the defaults of today, which may not be those of then
+            rows += [{**row, "run": str(run), "flags": flags(row["args"])} for row in json.loads(path.read_text())]
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is not what eval.py --json writes ({error})") from error
     if not rows:
         raise ValueError(f"{run} has no best.pt and no eval.json: name run directories that train.py wrote, or kept results")
@@ -125,8 +126,8 @@ def measure(run, options, device):
     sizes = {name: getattr(args, name) for name in ("seq_len", "delay", "pairs", "cues", "dim", "support", "ways", "shots",
                                                     "queries") if getattr(args, name, None) is not None}
     tested = " ".join(f"--{name.replace('_', '-')} {options.overrides[name]}" for name in SIZES if options.overrides[name])
-    row = dict(run=str(run), task=args.task, rule=args.rule, flags=args.flags, tested=tested, window=args.window, seed=args.seed,
-               sizes=sizes, step=step, minutes=learning_curve(run)[-1]["seconds"] / 60, metric=task.metric, episodes=options.episodes,
+    row = dict(run=str(run), task=args.task, rule=args.rule, args=args.trained, flags=flags(args.trained), tested=tested,
+               window=args.window, seed=args.seed, sizes=sizes, step=step, minutes=learning_curve(run)[-1]["seconds"] / 60, metric=task.metric, episodes=options.episodes,
                interval=interval(result["scores"]), **{k: result[k] for k in ("score", "loss", "eta", "write_norm", "gates")})
     if result["gates"]:
         model.plasticity.eta0 = 0.0  # the lesion: nothing is ever written
@@ -260,12 +261,15 @@ def plot(rows, path):
     from matplotlib import pyplot as plt
 
     figure, (curves, gates) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for row in rows:
-        name = f"{row['task']} {row['rule']}, window {row['window'] or 'all'}, seed {row['seed']}"
+    colors = {}
+    for row in rows:  # the seeds of an experiment share a color and a line of the legend
+        name = " ".join(filter(None, (row["task"], row["rule"], row["flags"])))
         lines = learning_curve(row["run"])
-        (curve,) = curves.plot([line["step"] for line in lines], [line["val_metric"] for line in lines], label=name)
+        (curve,) = curves.plot([line["step"] for line in lines], [line["val_metric"] for line in lines],
+                               color=colors.get(name), label=name if name not in colors else None)
+        colors[name] = curve.get_color()
         if row["gates"]:
-            gates.plot(row["gates"]["write"], color=curve.get_color())
+            gates.plot(row["gates"]["write"], color=colors[name])
     if all(row["metric"] == "mse" for row in rows):
         curves.set_yscale("log")
     curves.set(xlabel="update", ylabel="validation " + " / ".join(sorted({row["metric"] for row in rows})))

@@ -29,14 +29,14 @@ from tasks import make_task, random_generator, save
 SMALL = dict(n_layer=2, d_model=64, d_ff=128, warmup_steps=0)
 IMAGES = dict(ways=5, shots=1, queries=5, n_layer=2, d_model=128, d_ff=256, lr=1e-3, batch_size=16)
 DEFAULTS = {
-    "copy": dict(seq_len=5, delay=20, min_delay=None, vocab_size=10, **SMALL, steps=400, batch_size=32, lr=3e-3),
+    "copy": dict(seq_len=5, delay=20, min_delay=None, vocab_size=10, **SMALL, steps=500, batch_size=32, lr=4e-3),
     "cue": dict(pairs=8, cues=20, **SMALL, steps=1000, batch_size=32, lr=3e-3),
     "regression": dict(dim=3, support=10, queries=10, **{**SMALL, "n_layer": 4}, steps=1500, batch_size=32, lr=1e-3),
     "cifarfs": dict(**IMAGES, steps=800, warmup_steps=1000),
     "omniglot": dict(**IMAGES, steps=800, warmup_steps=0),
 }
 SIZES = ("seq_len", "delay", "min_delay", "vocab_size", "pairs", "cues", "dim", "support", "queries", "ways", "shots")
-ALPHA_INIT = {"none": 1.0, "hebbian": 8.0, "gradient": 1.0}
+ALPHA_INIT = {"none": 1.0, "hebbian": 8.0, "gradient": 3.0}
 LR_WARMUP, CLIP, WEIGHT_DECAY = 50, 1.0, 0.01  # updates, gradient norm, AdamW
 WARMUP_BATCH = 128  # images in an update of the encoder's warm-up
 
