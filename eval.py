@@ -226,7 +226,7 @@ def claims(rows):
         scores = (" ".join(filter(None, key)) + ": " + ", ".join(
             f"{rule} {mean(group, 'score')[0]:.4g} ± {mean(group, 'score')[1]:.1g} ({len(group)})" for rule, group in rules.items())
             for key, rules in found.items())
-        counts = f"{outcomes.count(1)} for it, {outcomes.count(-1)} against, {outcomes.count(0)} undecided"
+        counts = f"{outcomes.count(1)} for it, {outcomes.count(-1)} against, {outcomes.count(0)} within the spread"
         return f"| {claim} | {verdict}: {counts} | {'<br>'.join(scores)} |" if found else ""
 
     plastic = {"hebbian", "gradient"}
