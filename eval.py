@@ -179,25 +179,27 @@ def mean(rows, key):
 
 
 def table(rows):
-    """Several runs as lines of text: a row an experiment and rule; ± is the s.d. over seeds, of one seed its 95% interval."""
-    yield "| task, metric | flags | rule | seeds | test | lesioned | persistence | selectivity | write | paper | minutes |"
-    yield "|" + " --- |" * 11
-    for (task, flags, tested), rules in by_experiment(rows).items():
+    """Several runs as lines of text: a row an experiment and rule; ± is the s.d. over seeds, the interval that of one run."""
+    yield ("| task, metric | flags | rule | runs | test | 95% interval | lesioned | persistence | selectivity | write | paper "
+           "| minutes |")
+    yield "|" + " --- |" * 12
+    for (task, told, tested), rules in by_experiment(rows).items():
+        told = " ".join(filter(None, [told, tested and f"(tested with {tested})"]))
         digits = 3 if next(iter(rules.values()))[0]["metric"] == "accuracy" else 5
         for rule, group in rules.items():
 
-            def cell(key, digits):
+            def cell(key, digits, spread=True):
                 values = [row[key] for row in group if row.get(key) is not None]
                 if not values:
                     return "-"
-                spread = statistics.stdev(values) if len(values) > 1 else group[0]["interval"] if key == "score" else None
-                return f"{statistics.mean(values):.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+                spread = f" ± {statistics.stdev(values):.{digits}f}" if spread and len(values) > 1 else ""
+                return f"{statistics.mean(values):.{digits}f}{spread}"
 
-            told = " ".join(filter(None, [flags, tested and f"(tested with {tested})"]))
             paper = "-" if told else REFERENCE[task][1][RULES.index(rule)]
-            yield (f"| {task}, {group[0]['metric']} | {told or '-'} | {rule} | {len(group)} | {cell('score', digits)} | "
-                   f"{cell('lesion', digits)} | {cell('persistence', 3)} | {cell('selectivity', 1)} | "
-                   f"{cell('write_norm', 3)} | {paper} | {cell('minutes', 1)} |")
+            yield (f"| {task}, {group[0]['metric']} | {told or '-'} | {rule} | [{len(group)}]({group[0]['run']}) | "
+                   f"{cell('score', digits)} | {cell('interval', digits, False)} | {cell('lesion', digits)} | "
+                   f"{cell('persistence', 3)} | {cell('selectivity', 1)} | {cell('write_norm', 3)} | {paper} | "
+                   f"{cell('minutes', 1, False)} |")
     seen = {row["task"] for row in rows}
     yield ""
     yield "Levels: " + "; ".join(f"{task}: {levels}" for task, (levels, _, _) in REFERENCE.items() if task in seen) + "."

@@ -681,11 +681,13 @@ def test_evaluation_of_a_run():
         run_train(*TINY_COPY, "--rule", "hebbian", "--steps", 4, "--seed", 1, "--block-size", 9, "--out-dir", f"{folder}/b")
         text = run_eval(run, f"{folder}/b", "--episodes", 10, "--json", f"{folder}/eval.json")
         text = text[text.index("| task"):]
-        assert "| hebbian | 2 |" in text.splitlines()[2] and " ± " in text.splitlines()[2]
+        rows = json.loads(Path(f"{folder}/eval.json").read_text())
+        scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64)
+        assert f"| hebbian | [2]({run}) | {scores.mean():.3f} ± {scores.std():.3f} |" in text.splitlines()[2]
         # kept without the checkpoints, they give the same table; files beside them are passed over
         (Path(folder) / "kept").mkdir()
         os.replace(f"{folder}/eval.json", f"{folder}/kept/eval.json")
-        assert run_eval(f"{folder}/kept", __file__) == text
+        assert run_eval(f"{folder}/kept", __file__) == text.replace(f"({run})", f"({folder}/kept)")
         (Path(folder) / "kept/eval.json").write_text('[{"run": ')
         assert "eval.json is not" in refused(evaluation.main, f"{folder}/kept")
         assert "no eval.json" in refused(evaluation.main, folder)
