@@ -20,7 +20,7 @@ import torch
 from model import build_model
 from plasticity import RULES
 from tasks import make_task, random_generator
-from train import add_size_flags, evaluate, fail, number, pick_device, prepare_cpu
+from train import add_size_flags, evaluate, fail, load_checkpoint, number, pick_device, prepare_cpu
 from train import parse_args as train_args
 
 SIZES = ("seq_len", "delay", "pairs", "support", "queries", "ways", "shots")  # those that a test may change
@@ -41,22 +41,10 @@ def interval(scores):
     return 1.96 * scores.std().item() / math.sqrt(len(scores)) if len(scores) > 1 else math.inf
 
 
-def load_checkpoint(path):
-    """What train.py saved at `path`, and the arguments in it. Raises ValueError where there is none or it is damaged."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}: name a run directory that train.py wrote")
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        return state, argparse.Namespace(**state["args"])
-    except Exception as error:  # a damaged or foreign file can fail in any way; whichever it is, the file is what is wrong
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is not a readable checkpoint of train.py ({reason})") from error
-
-
 def load_run(run, device, overrides):
     """The task, model (from best.pt), arguments and step of a run, with the task's sizes overridden. Raises ValueError."""
-    state, args = load_checkpoint(Path(run) / "best.pt")
+    state = load_checkpoint(Path(run) / "best.pt")
+    args = argparse.Namespace(**state["args"])
     trained = vars(args).copy()
     if "ways" in trained and trained["ways"]:
         args.queries = 15  # a class, as in the literature; training may use fewer
@@ -72,17 +60,19 @@ def load_run(run, device, overrides):
         task = make_task(args)
         model = build_model(args, task)
         model.load_state_dict(state["model"])
+        args.step = int(state["step"])
         args.trained = {name: value for name, value in trained.items() if name not in ("out_dir", "data_dir", "bench")}
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{run}/best.pt does not fit the model its own arguments describe: "
                          + str(error).strip().split("\n")[-1].strip()) from error
-    return task, model.to(device), args, state["step"]
+    return task, model.to(device), args
 
 
 def flags(trained):
     """What a run was told beyond its task, rule and seed, as train.py's flags. It says nothing of the places and the machine."""
     usual = vars(train_args(["--task", trained["task"], "--rule", trained["rule"]]))
-    other = ("seed", "device", "threads", "eval_interval", "eval_batches", "block_size", "out_dir", "data_dir", "bench")
+    other = ("seed", "device", "threads", "eval_interval", "eval_batches", "save_interval", "block_size", "out_dir", "data_dir",
+             "resume", "overwrite", "bench")
     return " ".join(f"--{name.replace('_', '-')} {trained[name]}" for name in usual
                     if name not in other and trained.get(name, usual[name]) != usual[name])
 
@@ -116,7 +106,7 @@ def learning_curve(run):
 
 def measure(run, options, device):
     """Everything eval.py says of one run, as a dict that JSON can hold."""
-    task, model, args, step = load_run(run, device, options.overrides)
+    task, model, args = load_run(run, device, options.overrides)
 
     def test():  # the same episodes each time
         return evaluate(model, task, "test", options.episodes, options.batch_size,
@@ -127,7 +117,7 @@ def measure(run, options, device):
                                                     "queries") if getattr(args, name, None) is not None}
     tested = " ".join(f"--{name.replace('_', '-')} {options.overrides[name]}" for name in SIZES if options.overrides[name])
     row = dict(run=str(run), task=args.task, rule=args.rule, args=args.trained, flags=flags(args.trained), tested=tested,
-               window=args.window, seed=args.seed, sizes=sizes, step=step, minutes=learning_curve(run)[-1]["seconds"] / 60, metric=task.metric, episodes=options.episodes,
+               window=args.window, seed=args.seed, sizes=sizes, step=args.step, minutes=learning_curve(run)[-1]["seconds"] / 60, metric=task.metric, episodes=options.episodes,
                interval=interval(result["scores"]), **{k: result[k] for k in ("score", "loss", "eta", "write_norm", "gates")})
     if result["gates"]:
         model.plasticity.eta0 = 0.0  # the lesion: nothing is ever written

@@ -13,6 +13,7 @@ A task has a `sample(split, batch_size, generator)` that draws B episodes of the
 The splits of copy, cue and regression differ in their random numbers only; those of the images in their classes.
 Sizes and protocol: Chaudhary 2025 (arXiv 2510.21908), but with class-disjoint splits and queries in random order.
 """
+import io
 import os
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -276,8 +277,13 @@ def make_pack(path, name):
 def save(path, content):
     """torch.save beside the place, then rename: nobody ever finds half a file there, or loses the one before."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    buffer = io.BytesIO()  # torch.save has no plain word for a full disk
+    torch.save(content, buffer)
     try:
-        torch.save(content, temporary)
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

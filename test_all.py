@@ -8,7 +8,10 @@ import io
 import json
 import math
 import os
+import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -594,7 +597,7 @@ TINY_COPY = [*TINY, *"--task copy --seq-len 2 --delay 3 --vocab-size 6".split()]
 
 def run_train(*argv):
     with quiet() as (out, _):
-        train.main([str(a) for a in argv])
+        train.main([str(a) for a in (*argv, *(() if {"--resume", "--bench"} & {*argv} else ("--overwrite",)))])
     return out.getvalue()
 
 
@@ -662,7 +665,7 @@ def test_evaluation_of_a_run():
         assert row["step"] == best["step"] and f"{row['score']:.5f} ± {row['interval']:.5f}" in text
         assert len(row["tokens"]) == 8 and len(row["gates"]["write"]) == 7  # the last step writes nothing
         # the figures again, from the model itself
-        task, model, args, _ = evaluation.load_run(run, torch.device("cpu"), {})
+        task, model, args = evaluation.load_run(run, torch.device("cpu"), {})
         episodes = task.sample("test", 30, random_generator(0, "test"))
         with torch.no_grad():
             out, gates = model.eval()(episodes)
@@ -738,8 +741,7 @@ def test_best_is_the_lowest_error():
     with tempfile.TemporaryDirectory() as folder:
         run_train(*TINY, *"--task regression --support 3 --rule none --steps 6 --eval-interval 1 --lr 0.5 --out-dir".split(), folder)
         errors = [row["val_metric"] for row in metrics_of(folder)]
-        state, _ = evaluation.load_checkpoint(f"{folder}/best.pt")
-        last, _ = evaluation.load_checkpoint(f"{folder}/ckpt.pt")
+        state, last = (train.load_checkpoint(f"{folder}/{name}.pt") for name in ("best", "ckpt"))
         assert state["step"] == 1 + errors.index(min(errors)) and last["step"] == 6 and len(set(errors)) == 6
 
 
@@ -845,6 +847,182 @@ def test_damaged_packs_and_checkpoints():
         assert not surprise.exists(), "a file that was loaded ran code"
 
 
+def interrupted(argv, at, number=signal.SIGTERM):
+    """Run train.py until update `at`, during which the signal comes -> what it printed. It must exit with 128 + the signal."""
+    done, real = 0, train.update
+
+    def update(*args):
+        nonlocal done
+        done += 1
+        if done == at:
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_DFL  # asked again, it would end at once
+        return real(*args)
+
+    train.update = update
+    try:
+        with quiet() as (out, _):
+            train.main([str(a) for a in argv])
+    except SystemExit as stop:
+        assert stop.code == 128 + number, stop.code
+        return out.getvalue()
+    finally:
+        train.update = real
+    raise AssertionError("the signal was ignored")
+
+
+def assert_same_run(one, other):
+    """The same parameters, optimizer and metrics.jsonl, bit for bit but for the times."""
+    a, b = (train.load_checkpoint(f"{run}/ckpt.pt") for run in (one, other))
+    assert a["step"] == b["step"] and a["best"] == b["best"] and torch.equal(a["random"], b["random"])
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]), name
+    for i, moments in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][i][name]) for name, value in moments.items())
+    rows = [[{k: v for k, v in row.items() if k not in ("seconds", "sequences_per_second")} for row in metrics_of(run)]
+            for run in (one, other)]
+    assert rows[0] == rows[1] and rows[0]
+    best = [train.load_checkpoint(f"{run}/best.pt") for run in (one, other)]
+    assert best[0]["step"] == best[1]["step"] and all(torch.equal(v, best[1]["model"][k]) for k, v in best[0]["model"].items())
+
+
+def test_resumed_run_is_the_same():
+    with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
+        whole, part = f"{folder}/whole", f"{folder}/part"
+        for argv in ([*TINY_COPY, *"--rule gradient --dropout 0.1".split()],
+                     [*TINY, *"--task omniglot --rule hebbian --filters 4 --batch-size 2 --warmup-steps 2 --data-dir".split(), packs]):
+            argv = [*argv, *"--steps 7 --eval-interval 2".split()]
+            run_train(*argv, "--out-dir", whole)
+            for at, number in ((1, signal.SIGTERM), (3, signal.SIGINT)) if "copy" in argv else ((5, signal.SIGTERM),):
+                said = interrupted([*argv, "--overwrite", "--out-dir", part], at, number)
+                assert f"python train.py --resume --out-dir {part}" in said
+                state = train.load_checkpoint(f"{part}/ckpt.pt")
+                assert state["step"] == at and state["rows"] == at // 2
+                # what a crash after the checkpoint left in the log is done again
+                with open(f"{part}/metrics.jsonl", "a") as log:
+                    log.write('{"step": 6, "val_metric": 0.5}\n{"step": 7, "val')
+                torch.randn(3)
+                run_train("--resume", "--out-dir", part)
+                assert_same_run(whole, part)
+            assert "best validation" in run_train("--resume", "--out-dir", part)  # finished: nothing is left to do
+            assert_same_run(whole, part)
+        run_train("--resume", "--steps", 9, "--eval-interval", 3, "--out-dir", part)  # these may change
+        assert [row["step"] for row in metrics_of(part)] == [2, 4, 6, 7, 9]
+
+
+def test_killed_at_any_moment():
+    """kill -9, at random, again and again: what is there can be loaded and the run ends as if nothing had happened.
+
+    KILLS=30 makes it 30 runs.
+    """
+    if not hasattr(os, "fork"):
+        raise Skip("needs fork")
+    with tempfile.TemporaryDirectory() as folder:
+        whole, part = f"{folder}/whole", f"{folder}/part"
+        argv = [*TINY_COPY, *"--rule hebbian --steps 24 --eval-interval 3 --save-interval 0 --out-dir".split()]
+        began = time.time()
+        run_train(*argv, whole)
+        took, rng, killed = time.time() - began, random.Random(0), 0
+        for run in range(int(os.environ.get("KILLS", 1))):
+            shutil.rmtree(part, ignore_errors=True)
+            for life in range(100):
+                resume = Path(f"{part}/ckpt.pt").exists()
+                child = os.fork()
+                if not child:
+                    with contextlib.suppress(BaseException):
+                        run_train(*(["--resume", "--out-dir", part] if resume else [*argv, part]))
+                        os._exit(0)
+                    os._exit(1)
+                time.sleep(rng.uniform(0, took))
+                os.kill(child, signal.SIGKILL)
+                status = os.waitpid(child, 0)[1]
+                killed += status == signal.SIGKILL
+                assert status in (0, signal.SIGKILL), f"the run failed, {status}"
+                if not status:
+                    break
+                for name in ("ckpt.pt", "best.pt"):
+                    if (Path(part) / name).exists():
+                        train.load_checkpoint(f"{part}/{name}")
+            assert_same_run(whole, part)
+            assert not list(Path(part).glob("*.tmp"))
+        assert killed
+
+
+def test_what_may_not_be_resumed():
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        argv = [*TINY_COPY, *"--rule none --steps 4 --eval-interval 2 --out-dir".split(), run]
+        assert "no ckpt.pt" in refused(train.main, *argv, "--resume")
+        interrupted(argv, 3)
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+
+        def untouched(*flags):
+            line = refused(train.main, *flags, "--out-dir", run)
+            assert {path.name: path.read_bytes() for path in run.iterdir()} == before, flags
+            return line
+
+        assert "--resume goes on with it, --overwrite replaces it" in untouched(*argv[:-2])
+        assert "--resume" in untouched("--resume", "--overwrite")
+        for flags, old in (("--n-layer 1", 2), ("--rule hebbian", "none"), ("--lr 0.5", 0.004), ("--seed 1", 0), ("--delay 4", 3)):
+            line = untouched("--resume", *flags.split())
+            assert flags in line and f"has {old}," in line, line
+        good = torch.load(run / "ckpt.pt", weights_only=True)
+        for name in ("model", "optimizer", "generator", "random", "step", "rows", "losses", "best"):
+            for content in ({k: v for k, v in good.items() if k != name}, {**good, name: "nonsense"}):
+                torch.save(content, run / "ckpt.pt")
+                before["ckpt.pt"] = (run / "ckpt.pt").read_bytes()
+                assert "ckpt.pt" in untouched("--resume"), name
+        for change in (dict(d_ff="wide"), dict(d_ff=17), dict(rule="magic"), dict(surprise=1), dict(lr=[1.0])):
+            torch.save({**good, "args": {**good["args"], **change}}, run / "ckpt.pt")
+            before["ckpt.pt"] = (run / "ckpt.pt").read_bytes()
+            assert "ckpt.pt" in untouched("--resume"), change
+        torch.save(good, run / "ckpt.pt")
+        before["ckpt.pt"] = (run / "ckpt.pt").read_bytes()
+        for log in (b"", b'{"step": 2, "val_met', b'{"step": 2}\n', b'{"step": 2, "val_metric": 0.5}', b"[]\n", b"\xff\n"):
+            (run / "metrics.jsonl").write_bytes(log)
+            before["metrics.jsonl"] = log
+            assert "metrics.jsonl" in untouched("--resume"), log
+
+
+def test_faults_lose_nothing():
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        argv = [*TINY_COPY, *"--rule gradient --steps 6 --eval-interval 1 --save-interval 0 --out-dir".split(), run, "--overwrite"]
+
+        def failing(module, name, at, error):
+            """Replace a function by one whose call number `at` and those after it fail -> the one line of the run."""
+            real, calls = getattr(module, name), 0
+
+            def broken(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                return real(*args, **kwargs) if calls < at else error(real, *args, **kwargs)
+
+            setattr(module, name, broken)
+            try:
+                return refused(train.main, *argv)
+            finally:
+                setattr(module, name, real)
+
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        def not_finite(real, model, *rest):
+            with torch.no_grad():
+                model.head.weight.fill_(math.inf)
+            return real(model, *rest)
+
+        assert "No space left" in failing(os, "fsync", 5, full)
+        assert not list(run.glob("*.tmp"))
+        step = train.load_checkpoint(run / "ckpt.pt")["step"]
+        assert 0 < step < 6 and torch.load(run / "best.pt", weights_only=True)["step"] <= step + 1
+        run_train("--resume", "--out-dir", run)
+        line = failing(train, "update", 4, not_finite)
+        assert "update 4, rule gradient: loss nan" in line and "--lr" in line, line
+        state = train.load_checkpoint(run / "ckpt.pt")
+        assert state["step"] == 3 and all(value.isfinite().all() for value in state["model"].values())
+
+
 def test_readme_names_every_flag():
     """The README's table against the parser, both ways."""
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
@@ -892,7 +1070,7 @@ def main():
         except Skip as reason:
             skipped += 1
             print(f"skip  {name}: {reason}", flush=True)
-        except Exception:
+        except (Exception, SystemExit):
             failed += 1
             print(f"FAIL  {name}\n{traceback.format_exc()}", flush=True)
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))

@@ -3,15 +3,18 @@
     python train.py --task copy --rule hebbian                     # about a minute on a 2-core CPU
     python train.py --task copy --rule gradient --window 8         # attention too short: fast weights must carry it
     python train.py --task omniglot --rule hebbian                 # downloads and packs Omniglot the first time
+    python train.py --resume --out-dir out/copy-hebbian-s0         # go on with a run that was stopped
     python eval.py out/copy-hebbian-s0                             # what the trained model does, and how
 
-Writes into --out-dir: metrics.jsonl (one JSON object an evaluation), ckpt.pt (the last state) and best.pt (the best
-on validation data), both with the arguments that rebuild the model.
+Writes into --out-dir: metrics.jsonl (one JSON object an evaluation), ckpt.pt (all that --resume needs) and best.pt (the
+best model on validation data), both with the arguments that rebuild it.
 """
 import argparse
 import ctypes
 import json
 import math
+import os
+import signal
 import statistics
 import sys
 import time
@@ -37,6 +40,7 @@ DEFAULTS = {
 }
 SIZES = ("seq_len", "delay", "min_delay", "vocab_size", "pairs", "cues", "dim", "support", "queries", "ways", "shots")
 ALPHA_INIT = {"none": 1.0, "hebbian": 8.0, "gradient": 3.0}
+MAY_CHANGE = ("steps", "eval_interval", "save_interval", "device", "threads", "out_dir", "data_dir")  # with --resume
 LR_WARMUP, CLIP, WEIGHT_DECAY = 50, 1.0, 0.01  # updates, gradient norm, AdamW
 WARMUP_BATCH = 128  # images in an update of the encoder's warm-up
 
@@ -75,7 +79,7 @@ def add_size_flags(parser, names=SIZES):
         parser.add_argument("--" + name.replace("_", "-"), type=number(int, 0 if "delay" in name else 1), help=said[name])
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     whole = number(int, 1)
@@ -114,8 +118,42 @@ def parse_args(argv=None):
     group.add_argument("--data-dir", default="data", help="where the image packs are, or are downloaded to")
     group.add_argument("--eval-interval", type=whole, help="updates between evaluations, default: a tenth of --steps")
     group.add_argument("--eval-batches", type=whole, default=10, help="validation batches an evaluation")
+    group.add_argument("--save-interval", type=number(float, 0), default=30.0, help="seconds between two checkpoints")
+    group = group.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out-dir, with its own arguments")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")
     group.add_argument("--bench", action="store_true", help="time 20 updates, print one JSON line and write nothing")
+    return parser
+
+
+def parse_args(argv=None):
+    """The arguments of a run: those given and the defaults of its task, with --resume those of the run it goes on with."""
+    parser = make_parser()
     args = parser.parse_args(argv)
+    args.out_dir = args.out_dir or f"out/{args.task}-{args.rule}-s{args.seed}"
+    if not args.resume:
+        return complete(args)
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))  # None where nothing was said
+    path = Path(args.out_dir) / "ckpt.pt"
+    try:
+        saved = load_checkpoint(path)["args"]
+        told = [f"--{name.replace('_', '-')}={value}" for name, value in saved.items() if value is not None and value is not False]
+    except (ValueError, AttributeError) as error:
+        fail(error)
+    parser.error = lambda message: fail(f"{path} is not a readable checkpoint of train.py ({message})")
+    saved = complete(parser.parse_args(told))
+    for name, value in given.items():
+        if name in MAY_CHANGE and value is not None:
+            setattr(saved, name, value)
+        elif value not in (None, getattr(saved, name)) and name != "resume":
+            fail(f"--{name.replace('_', '-')} {value}: the run in {args.out_dir} has {getattr(saved, name)}, and only "
+                 f"{', '.join('--' + name.replace('_', '-') for name in MAY_CHANGE)} may change")
+    saved.resume, saved.out_dir = True, args.out_dir  # where it lies now
+    return saved
+
+
+def complete(args):
+    """Fill in what depends on the task, the rule and the number of updates."""
     defaults = DEFAULTS[args.task]
     for name in SIZES:
         if getattr(args, name) is not None and name not in defaults:
@@ -127,8 +165,21 @@ def parse_args(argv=None):
         fail(f"--warmup-steps warms up an image encoder, --task {args.task} has none")
     args.alpha_init = ALPHA_INIT[args.rule] if args.alpha_init is None else args.alpha_init
     args.eval_interval = args.eval_interval or max(1, args.steps // 10)
-    args.out_dir = args.out_dir or f"out/{args.task}-{args.rule}-s{args.seed}"
     return args
+
+
+def load_checkpoint(path):
+    """What train.py saved at `path`. Raises ValueError where there is none or it is damaged; it never runs code from it."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}: name a run directory that train.py wrote")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        vars(argparse.Namespace(**state["args"]))
+        return state
+    except Exception as error:  # a damaged or foreign file can fail in any way; whichever it is, the file is what is wrong
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is not a readable checkpoint of train.py ({reason})") from error
 
 
 def pick_device(name, dtype="float32"):
@@ -152,8 +203,11 @@ def prepare_cpu(threads):
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
-def warm_up(model, task, args, device, generator, say):
-    """Train the image encoder as a plain classifier of the training classes; the classifier's head is thrown away."""
+def warm_up(model, task, args, device, generator, say, signals):
+    """Train the image encoder as a plain classifier of the training classes; the classifier's head is thrown away.
+
+    A signal ends it. It is not saved in between: a run that is resumed from before its first update begins it again.
+    """
     encoder = model.embed.encoder
     head = nn.Linear(encoder.d_out, task.n_classes("train")).to(device)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-3, weight_decay=WEIGHT_DECAY)
@@ -167,6 +221,8 @@ def warm_up(model, task, args, device, generator, say):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if signals:
+            return
         say(lambda: f"encoder warm-up {step}/{args.warmup_steps}  loss {loss.item():.3f}  "
             f"accuracy {(logits.argmax(-1).cpu() == classes).float().mean():.3f}")
 
@@ -177,13 +233,15 @@ def learning_rate(step, steps):
 
 
 def update(model, task, optimizer, episodes, dtype):
-    """One update on a batch of episodes -> answers, Gates and the loss, for the record."""
+    """One update on a batch of episodes -> answers, Gates and the loss. FloatingPointError, and no update, if it is not finite."""
     with torch.autocast(episodes.target.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         out, gates = model(episodes)
         loss = task.loss(out, episodes.target)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    if not (loss.isfinite() and norm.isfinite()):
+        raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
     optimizer.step()
     return out.detach(), gates, loss.item()
 
@@ -272,67 +330,140 @@ def say_every(seconds):
     return say
 
 
-def train(args, task, model, device):
-    """The one loop, for every task and rule: update, and now and then say, evaluate and save."""
+def restore(state, out_dir, model, optimizer, generator):
+    """Put a checkpoint back, cut metrics.jsonl back to what it knew -> its progress. Raises ValueError where one is damaged."""
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])  # dropout
+        if state["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        run = argparse.Namespace(step=int(state["step"]), rows=int(state["rows"]), seconds=float(state["seconds"]),
+                                 losses=[float(loss) for loss in state["losses"]],
+                                 best=None if state["best"] is None else float(state["best"]))
+    except Exception as error:  # as in load_checkpoint
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise ValueError(f"{out_dir / 'ckpt.pt'} is not a whole checkpoint of train.py ({reason})") from error
+    path = out_dir / "metrics.jsonl"
+    try:
+        rows = path.read_bytes().splitlines(keepends=True)[:run.rows]
+        if len(rows) < run.rows or not all(row.endswith(b"\n") and "val_metric" in json.loads(row) for row in rows):
+            raise ValueError(f"{run.rows} whole rows are wanted")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the log that belongs to ckpt.pt ({error}): --overwrite begins again") from error
+    os.truncate(path, sum(map(len, rows)))
+    return run
+
+
+def train(args, task, model, device, state=None):
+    """The one loop, for every task and rule: update, and now and then say, evaluate and save.
+
+    `state`, a checkpoint, goes on where it was taken: what follows is what would have followed. Ctrl-C and SIGTERM finish the
+    update, save, and exit with 130 or 143. Raises FloatingPointError where the loss is no longer finite, OSError where nothing
+    can be written; ckpt.pt and best.pt are then the last good ones.
+    """
     out_dir = Path(args.out_dir)
-    train_generator = random_generator(args.seed, "train")
-    say, began = say_every(5), time.time()
-    if args.warmup_steps:
-        warm_up(model, task, args, device, train_generator, say)
+    generator = random_generator(args.seed, "train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY)
-    best, losses, busy = None, [], 0.0  # losses and training seconds since the last evaluation
-    with open(out_dir / "metrics.jsonl", "w") as metrics:
-        for step in range(1, args.steps + 1):
-            started = time.time()
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * learning_rate(step, args.steps)
-            episodes = task.sample("train", args.batch_size, train_generator).to(device)
-            out, gates, loss = update(model, task, optimizer, episodes, args.dtype)
-            losses.append(loss)
-            busy += time.time() - started
-            rate = args.batch_size * len(losses) / busy
-            say(lambda: f"step {step}/{args.steps}  loss {losses[-1]:.4f}  {task.metric} "
-                f"{task.score(out, episodes.target).mean():.4f}" + (f"  eta {gates.eta.mean():.4f}" if gates else "")
-                + f"  {rate:.0f} sequences/s  {(args.steps - step) * args.batch_size / rate:.0f} s left")
-            if step % args.eval_interval and step != args.steps:
-                continue
-            # the same validation episodes each time, so that the best is the best on equal terms
-            result = evaluate(model, task, "val", args.eval_batches * args.batch_size, args.batch_size,
-                              random_generator(args.seed, "val"), device, args.dtype)
-            row = dict(step=step, train_loss=sum(losses) / len(losses), val_loss=result["loss"],
-                       val_metric=result["score"], metric=task.metric, eta=result["eta"],
-                       write_norm=result["write_norm"], sequences_per_second=rate, seconds=time.time() - began)
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-            state = dict(args=vars(args), model=model.state_dict(), step=step, val_metric=result["score"])
-            if best is None or (result["score"] > best if task.higher_is_better else result["score"] < best):
-                best = result["score"]
-                save(out_dir / "best.pt", state)
-            save(out_dir / "ckpt.pt", {**state, "optimizer": optimizer.state_dict()})
-            print(f"step {step}/{args.steps}  validation loss {row['val_loss']:.4f}  {task.metric} "
-                  f"{row['val_metric']:.4f}  after {row['seconds']:.0f} s", flush=True)
-            losses, busy = [], 0.0
-    print(f"best validation {task.metric} {best:.4f}; now: python eval.py {out_dir}")
+    # losses since the last evaluation; the rows of metrics.jsonl
+    run = argparse.Namespace(step=0, rows=0, seconds=0.0, losses=[], best=None)
+    if state:
+        run = restore(state, out_dir, model, optimizer, generator)
+    kept = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite", "bench")}
+    say, began, saved, busy, updates = say_every(5), time.time() - run.seconds, -math.inf, 0.0, 0
+    signals = []
+
+    def checkpoint():
+        nonlocal saved
+        run.seconds = time.time() - began
+        save(out_dir / "ckpt.pt", dict(vars(run), args=kept, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                       generator=generator.get_state(), random=torch.get_rng_state(),
+                                       cuda=torch.cuda.get_rng_state_all() if device.type == "cuda" else []))
+        saved = time.time()
+
+    def stop(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # asked again, it ends at once
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with open(out_dir / "metrics.jsonl", "a") as metrics:
+            if not run.step:
+                checkpoint()
+                if args.warmup_steps:
+                    warm_up(model, task, args, device, generator, say, signals)
+                    saved = -math.inf  # worth a checkpoint after the first update
+            while run.step < args.steps and not signals:
+                step, started = run.step + 1, time.time()
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * learning_rate(step, args.steps)
+                episodes = task.sample("train", args.batch_size, generator).to(device)
+                try:
+                    out, gates, loss = update(model, task, optimizer, episodes, args.dtype)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"update {step}, rule {args.rule}: {error}") from error
+                run.step = step
+                run.losses.append(loss)
+                busy, updates = busy + time.time() - started, updates + 1
+                rate = args.batch_size * updates / busy
+                say(lambda: f"step {step}/{args.steps}  loss {loss:.4f}  {task.metric} "
+                    f"{task.score(out, episodes.target).mean():.4f}" + (f"  eta {gates.eta.mean():.4f}" if gates else "")
+                    + f"  {rate:.0f} sequences/s  {(args.steps - step) * args.batch_size / rate:.0f} s left")
+                if step % args.eval_interval == 0 or step == args.steps:
+                    # the same validation episodes each time, so that the best is the best on equal terms
+                    result = evaluate(model, task, "val", args.eval_batches * args.batch_size, args.batch_size,
+                                      random_generator(args.seed, "val"), device, args.dtype)
+                    row = dict(step=step, train_loss=sum(run.losses) / len(run.losses), val_loss=result["loss"],
+                               val_metric=result["score"], metric=task.metric, eta=result["eta"],
+                               write_norm=result["write_norm"], sequences_per_second=rate, seconds=time.time() - began)
+                    metrics.write(json.dumps(row) + "\n")
+                    metrics.flush()
+                    run.rows, run.losses, busy, updates = run.rows + 1, [], 0.0, 0
+                    if run.best is None or (result["score"] > run.best if task.higher_is_better else result["score"] < run.best):
+                        run.best = result["score"]
+                        save(out_dir / "best.pt", dict(args=kept, model=model.state_dict(), step=step, val_metric=run.best))
+                    print(f"step {step}/{args.steps}  validation loss {row['val_loss']:.4f}  {task.metric} "
+                          f"{row['val_metric']:.4f}  after {row['seconds']:.0f} s", flush=True)
+                if time.time() - saved >= args.save_interval:
+                    checkpoint()
+            if run.step:
+                checkpoint()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if run.step < args.steps:
+        print(f"stopped after update {run.step}; to go on: python train.py --resume --out-dir {out_dir}", flush=True)
+        sys.exit(128 + signals[0])
+    if run.best is not None:
+        print(f"best validation {task.metric} {run.best:.4f}; now: python eval.py {out_dir}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     prepare_cpu(args.threads)
+    out_dir = Path(args.out_dir)
     try:  # all that can be wrong with the arguments, before anything is written
         device = pick_device(args.device, args.dtype)
         torch.manual_seed(args.seed)
         task = make_task(args)
         model = build_model(args, task).to(device)
         args.block_size = model.block_size  # eval.py may try longer episodes, the positions stay those trained
-        if not args.bench:
-            Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+        if args.bench:
+            return bench(args, task, model, device)
+        there = [name for name in ("ckpt.pt", "best.pt", "metrics.jsonl") if (out_dir / name).exists()]
+        if there and not (args.resume or args.overwrite):
+            raise ValueError(f"--out-dir {out_dir} has the {there[0]} of a run: --resume goes on with it, --overwrite replaces it")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for path in [*out_dir.glob("*.pt.*.tmp"), *(out_dir / name for name in there if args.overwrite)]:
+            path.unlink()  # half a checkpoint, where a run was killed; the run that is replaced
+        print(f"{args.task} with the rule {args.rule}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+              f"on {device}, into {out_dir}", flush=True)
+        train(args, task, model, device, load_checkpoint(out_dir / "ckpt.pt") if args.resume else None)
+    except FloatingPointError as error:
+        fail(f"{error}: try a lower --lr, --eta0 or --alpha-init; what {out_dir} holds is from before")
     except (ValueError, OSError) as error:
         fail(error)
-    if args.bench:
-        return bench(args, task, model, device)
-    print(f"{args.task} with the rule {args.rule}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"on {device}, into {args.out_dir}", flush=True)
-    train(args, task, model, device)
 
 
 if __name__ == "__main__":
