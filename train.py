@@ -39,7 +39,10 @@ DEFAULTS = {
     "omniglot": dict(**IMAGES, steps=800, warmup_steps=0),
 }
 SIZES = ("seq_len", "delay", "min_delay", "vocab_size", "pairs", "cues", "dim", "support", "queries", "ways", "shots")
-ALPHA_INIT = {"none": 1.0, "hebbian": 8.0, "gradient": 3.0}
+# The Hebbian rule's large ||D_t|| keeps its eta_t near 0.0002 whatever eta_0 is. The gradient rule's comes near eta_0, and
+# as much of what was written is forgotten at every step: 0.2 loses all within 80 blanks before anything is learned.
+ETA0 = {"none": 0.2, "hebbian": 0.2, "gradient": 0.02}
+ALPHA_INIT = {"none": 1.0, "hebbian": 8.0, "gradient": 20.0}
 MAY_CHANGE = ("steps", "eval_interval", "save_interval", "device", "threads", "out_dir", "data_dir")  # with --resume
 LR_WARMUP, CLIP, WEIGHT_DECAY = 50, 1.0, 0.01  # updates, gradient norm, AdamW
 WARMUP_BATCH = 128  # images in an update of the encoder's warm-up
@@ -101,7 +104,7 @@ def make_parser():
     group.add_argument("--alpha", choices=("full", "outer"), default="full", help="outer: of rank one, faster")
     group.add_argument("--fold", type=number(int, 0), default=32, help="steps between two folds of the fast weights; 0: never")
     group.add_argument("--alpha-init", type=number(float, -1000, 1000), help="where alpha and beta start, default by rule")
-    group.add_argument("--eta0", type=number(float, 0, 1), default=0.2, help="largest rate of a write")
+    group.add_argument("--eta0", type=number(float, 0, 1), help="largest rate of a write, default by rule")
     group.add_argument("--max-norm", type=number(float, 0), default=1.0, help="a larger write is scaled down; 0: never")
     group.add_argument("--aux-dim", type=number(int, 0), default=4, help="gradient: auxiliary outputs of the head")
     group.add_argument("--ablate", choices=ABLATIONS, default="none", help="what of plasticity is taken away, see README")
@@ -163,6 +166,7 @@ def complete(args):
             setattr(args, name, value)
     if args.warmup_steps and "ways" not in defaults:
         fail(f"--warmup-steps warms up an image encoder, --task {args.task} has none")
+    args.eta0 = ETA0[args.rule] if args.eta0 is None else args.eta0
     args.alpha_init = ALPHA_INIT[args.rule] if args.alpha_init is None else args.alpha_init
     args.eval_interval = args.eval_interval or max(1, args.steps // 10)
     return args
