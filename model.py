@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,6 +27,35 @@ class Gates(NamedTuple):
     d_norm: torch.Tensor
 
 
+class AllReduce(torch.autograd.Function):
+    """The sum over all processes, which sends each of them the sum of their gradients."""
+
+    @staticmethod
+    def forward(_, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm over the images of all processes. PyTorch's SyncBatchNorm does so on GPUs only."""
+
+    def forward(self, x):
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        world, n = dist.get_world_size(), x.numel() // x.size(1)  # every process has as many images
+        mean = AllReduce.apply(x.mean((0, 2, 3))) / world  # (channels)
+        x = x - mean[:, None, None]
+        var = AllReduce.apply(x.square().mean((0, 2, 3))) / world  # (channels)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (world * n / (world * n - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        return x * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
+
+
 class Conv4(nn.Module):
     """The few-shot encoder of the literature: 4 times (3x3 convolution, batch norm, 2x2 max pooling, ReLU).
 
@@ -36,7 +66,7 @@ class Conv4(nn.Module):
         super().__init__()
         layers = []
         for i in range(4):
-            layers += [nn.Conv2d(filters if i else channels, filters, 3, padding=1, bias=False), nn.BatchNorm2d(filters)]
+            layers += [nn.Conv2d(filters if i else channels, filters, 3, padding=1, bias=False), BatchNorm(filters)]
             layers += [nn.MaxPool2d(2), nn.ReLU()]  # pooling and ReLU commute; pooled first, ReLU has a quarter to do
         # channels_last: the same numbers in the order in which CPU convolutions are about twice as fast
         self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)

@@ -35,6 +35,10 @@ class Episodes(NamedTuple):
     def to(self, device):
         return Episodes(*(None if t is None else t.to(device) for t in self))
 
+    def share(self, rank, world):
+        """Every world-th episode from `rank` on: what one of `world` processes does."""
+        return Episodes(*(None if t is None else t[rank::world] for t in self))
+
 
 def random_generator(seed, split):
     """A generator of its own for each seed and split, so that training never draws a test episode's numbers."""

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
 import tasks
@@ -946,6 +948,86 @@ def test_killed_at_any_moment():
             assert_same_run(whole, part)
             assert not list(Path(part).glob("*.tmp"))
         assert killed
+
+
+def in_processes(world, work):
+    """Call work() in `world` forked processes that find what torchrun would tell them -> their exit statuses."""
+    if not hasattr(os, "fork"):
+        raise Skip("needs fork")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if not child:
+            os.environ.update(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank),
+                              LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+            status = 1
+            try:
+                work()
+                status = 0
+            except SystemExit as stop:
+                status = stop.code
+            except BaseException:
+                traceback.print_exc()
+            os._exit(status)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def test_processes_share_a_batch():
+    """Two processes take the same gradients as one, for every rule, with the encoder's batch norm across them."""
+    with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
+        tasks = [Copy(2, 3, 6), FewShot("omniglot", packs, 3, 1, 2)]
+
+        def learn():
+            rank, world, _ = train.join(torch.device("cpu"))
+            for rule in RULES:
+                for task in tasks:
+                    model = small_model(task, rule, filters=4).train()
+                    shared = model if world == 1 else DistributedDataParallel(model)
+                    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+                    train.update(shared, task, optimizer, draw(task, 4).share(rank, world), "float32")
+                    found = {name: p.grad for name, p in model.named_parameters()}
+                    found.update((name, value.double()) for name, value in model.named_buffers())  # the running statistics
+                    torch.save(found, f"{folder}/{rule}-{type(task).__name__}-{rank}-of-{world}")
+
+        assert in_processes(2, learn) == [0, 0]
+        learn()
+        for rule in RULES:
+            for task in tasks:
+                one, *two = (torch.load(f"{folder}/{rule}-{type(task).__name__}-{of}") for of in ("0-of-1", "0-of-2", "1-of-2"))
+                for found in two:
+                    for name, value in one.items():
+                        assert_close(found[name], value, f"{rule}, {type(task).__name__}, {name}")
+
+
+def test_training_in_two_processes():
+    """One writes; what it writes is what one process alone does, and each can go on with the other's run."""
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [*TINY_COPY, *"--rule hebbian --steps 4 --eval-interval 2 --lr 1e-3 --out-dir".split()]
+        one, two, more = f"{folder}/one", f"{folder}/two", ["--resume", "--steps", 6, "--out-dir"]
+        run_train(*argv, one)
+
+        def stopped():  # the signal reaches one of them; both finish the same update
+            run_train_until = interrupted if os.environ["RANK"] == "1" else (lambda argv, at: run_train(*argv))
+            run_train_until([*argv, two], 2)
+
+        assert in_processes(2, stopped) == [128 + signal.SIGTERM, 0] and train.load_checkpoint(f"{two}/ckpt.pt")["step"] == 2
+        assert in_processes(2, lambda: run_train("--resume", "--out-dir", two)) == [0, 0]
+        shutil.copytree(one, f"{folder}/from-one")
+        run_train(*more, one)
+        assert in_processes(2, lambda: run_train(*more, f"{folder}/from-one")) == [0, 0]
+        run_train(*more, two)
+        rows = metrics_of(one)
+        assert [row["step"] for row in rows] == [2, 4, 6]
+        for run in (two, f"{folder}/from-one"):
+            for row, expected in zip(metrics_of(run), rows, strict=True):
+                assert abs(row["train_loss"] - expected["train_loss"]) < 1e-4
+                assert abs(row["val_loss"] - expected["val_loss"]) < 1e-4
+        assert in_processes(2, lambda: refused(train.main, *argv, f"{folder}/new", "--batch-size", 3)) == [0, 0]
+        assert not Path(f"{folder}/new").exists()
 
 
 def test_what_may_not_be_resumed():

@@ -4,6 +4,7 @@
     python train.py --task copy --rule gradient --window 8         # attention too short: fast weights must carry it
     python train.py --task omniglot --rule hebbian                 # downloads and packs Omniglot the first time
     python train.py --resume --out-dir out/copy-hebbian-s0         # go on with a run that was stopped
+    torchrun --standalone --nproc_per_node=2 train.py --task copy  # two processes share each batch
     python eval.py out/copy-hebbian-s0                             # what the trained model does, and how
 
 Writes into --out-dir: metrics.jsonl (one JSON object an evaluation), ckpt.pt (all that --resume needs) and best.pt (the
@@ -21,8 +22,10 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from model import build_model
 from plasticity import ABLATIONS, RULES
@@ -198,6 +201,26 @@ def pick_device(name, dtype="float32"):
     return torch.device(name)
 
 
+def join(device):
+    """Meet the other processes that torchrun started -> this one's rank, their number and its device; 0, 1 without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def sums(*values):
+    """Each number summed over the processes."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return total.tolist()
+
+
 def prepare_cpu(threads):
     """Limit PyTorch's threads, and let glibc reuse large blocks, which it maps and unmaps by default: page faults cost a third."""
     torch.set_num_threads(threads)
@@ -210,7 +233,7 @@ def prepare_cpu(threads):
 def warm_up(model, task, args, device, generator, say, signals):
     """Train the image encoder as a plain classifier of the training classes; the classifier's head is thrown away.
 
-    A signal ends it. It is not saved in between: a run that is resumed from before its first update begins it again.
+    True if a signal ended it. It is not saved in between: a run that is resumed from before its first update begins it again.
     """
     encoder = model.embed.encoder
     head = nn.Linear(encoder.d_out, task.n_classes("train")).to(device)
@@ -225,10 +248,11 @@ def warm_up(model, task, args, device, generator, say, signals):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if signals:
-            return
+        if sums(len(signals))[0]:
+            return True
         say(lambda: f"encoder warm-up {step}/{args.warmup_steps}  loss {loss.item():.3f}  "
             f"accuracy {(logits.argmax(-1).cpu() == classes).float().mean():.3f}")
+    return False
 
 
 def learning_rate(step, steps):
@@ -356,12 +380,14 @@ def restore(state, out_dir, model, optimizer, generator):
             raise ValueError(f"{run.rows} whole rows are wanted")
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not the log that belongs to ckpt.pt ({error}): --overwrite begins again") from error
-    os.truncate(path, sum(map(len, rows)))
+    os.truncate(path, sum(map(len, rows)))  # by every process, to the same length
     return run
 
 
-def train(args, task, model, device, state=None):
+def train(args, task, model, device, state=None, rank=0, world=1):
     """The one loop, for every task and rule: update, and now and then say, evaluate and save.
+
+    Each of `world` processes takes its share of every batch and all step by the mean gradient; the one of rank 0 speaks and writes.
 
     `state`, a checkpoint, goes on where it was taken: what follows is what would have followed. Ctrl-C and SIGTERM finish the
     update, save, and exit with 130 or 143. Raises FloatingPointError where the loss is no longer finite, OSError where nothing
@@ -375,16 +401,22 @@ def train(args, task, model, device, state=None):
     if state:
         run = restore(state, out_dir, model, optimizer, generator)
     kept = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite", "bench")}
-    say, began, saved, busy, updates = say_every(5), time.time() - run.seconds, -math.inf, 0.0, 0
-    signals = []
+    say, began, saved, busy, updates = say_every(math.inf if rank else 5), time.time() - run.seconds, -math.inf, 0.0, 0
+    signals, stopped = [], False
 
     def checkpoint():
         nonlocal saved
+        if rank:
+            return
         run.seconds = time.time() - began
         save(out_dir / "ckpt.pt", dict(vars(run), args=kept, model=model.state_dict(), optimizer=optimizer.state_dict(),
                                        generator=generator.get_state(), random=torch.get_rng_state(),
                                        cuda=torch.cuda.get_rng_state_all() if device.type == "cuda" else []))
         saved = time.time()
+
+    def tell(line):
+        if not rank:
+            print(line, flush=True)
 
     def stop(number, frame):
         signals.append(number)
@@ -392,21 +424,25 @@ def train(args, task, model, device, state=None):
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with open(out_dir / "metrics.jsonl", "a") as metrics:
+        with open(os.devnull if rank else out_dir / "metrics.jsonl", "a") as metrics:
             if not run.step:
                 checkpoint()
                 if args.warmup_steps:
-                    warm_up(model, task, args, device, generator, say, signals)
+                    stopped = warm_up(model, task, args, device, generator, say, signals)
                     saved = -math.inf  # worth a checkpoint after the first update
-            while run.step < args.steps and not signals:
+            if rank:
+                torch.manual_seed(args.seed + 1000003 * rank + run.step)  # a dropout of its own
+            shared = DistributedDataParallel(model) if world > 1 else model
+            while run.step < args.steps and not stopped:
                 step, started = run.step + 1, time.time()
                 for group in optimizer.param_groups:
                     group["lr"] = args.lr * learning_rate(step, args.steps)
-                episodes = task.sample("train", args.batch_size, generator).to(device)
+                episodes = task.sample("train", args.batch_size, generator).share(rank, world).to(device)
                 try:
-                    out, gates, loss = update(model, task, optimizer, episodes, args.dtype)
+                    out, gates, loss = update(shared, task, optimizer, episodes, args.dtype)
                 except FloatingPointError as error:
                     raise FloatingPointError(f"update {step}, rule {args.rule}: {error}") from error
+                loss, stopped = sums(loss / world, len(signals))  # any of them may have got the signal
                 run.step = step
                 run.losses.append(loss)
                 busy, updates = busy + time.time() - started, updates + 1
@@ -426,9 +462,10 @@ def train(args, task, model, device, state=None):
                     run.rows, run.losses, busy, updates = run.rows + 1, [], 0.0, 0
                     if run.best is None or (result["score"] > run.best if task.higher_is_better else result["score"] < run.best):
                         run.best = result["score"]
-                        save(out_dir / "best.pt", dict(args=kept, model=model.state_dict(), step=step, val_metric=run.best))
-                    print(f"step {step}/{args.steps}  validation loss {row['val_loss']:.4f}  {task.metric} "
-                          f"{row['val_metric']:.4f}  after {row['seconds']:.0f} s", flush=True)
+                        if not rank:
+                            save(out_dir / "best.pt", dict(args=kept, model=model.state_dict(), step=step, val_metric=run.best))
+                    tell(f"step {step}/{args.steps}  validation loss {row['val_loss']:.4f}  {task.metric} "
+                         f"{row['val_metric']:.4f}  after {row['seconds']:.0f} s")
                 if time.time() - saved >= args.save_interval:
                     checkpoint()
             if run.step:
@@ -437,10 +474,10 @@ def train(args, task, model, device, state=None):
         for number, handler in before.items():
             signal.signal(number, handler)
     if run.step < args.steps:
-        print(f"stopped after update {run.step}; to go on: python train.py --resume --out-dir {out_dir}", flush=True)
-        sys.exit(128 + signals[0])
+        tell(f"stopped after update {run.step}; to go on: python train.py --resume --out-dir {out_dir}")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
     if run.best is not None:
-        print(f"best validation {task.metric} {run.best:.4f}; now: python eval.py {out_dir}")
+        tell(f"best validation {task.metric} {run.best:.4f}; now: python eval.py {out_dir}")
 
 
 def main(argv=None):
@@ -458,16 +495,26 @@ def main(argv=None):
         there = [name for name in ("ckpt.pt", "best.pt", "metrics.jsonl") if (out_dir / name).exists()]
         if there and not (args.resume or args.overwrite):
             raise ValueError(f"--out-dir {out_dir} has the {there[0]} of a run: --resume goes on with it, --overwrite replaces it")
+        if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+            raise ValueError(f"--batch-size {args.batch_size}: must be a multiple of the {os.environ['WORLD_SIZE']} processes")
+        rank, world, device = join(device)
+        state = load_checkpoint(out_dir / "ckpt.pt") if args.resume else None
+        if world > 1:
+            dist.barrier()  # nobody writes before all have looked
         out_dir.mkdir(parents=True, exist_ok=True)
-        for path in [*out_dir.glob("*.pt.*.tmp"), *(out_dir / name for name in there if args.overwrite)]:
+        for path in [] if rank else [*out_dir.glob("*.pt.*.tmp"), *(out_dir / name for name in there if args.overwrite)]:
             path.unlink()  # half a checkpoint, where a run was killed; the run that is replaced
-        print(f"{args.task} with the rule {args.rule}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"on {device}, into {out_dir}", flush=True)
-        train(args, task, model, device, load_checkpoint(out_dir / "ckpt.pt") if args.resume else None)
+        if not rank:
+            print(f"{args.task} with the rule {args.rule}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+                  f"on {device}, into {out_dir}", flush=True)
+        train(args, task, model.to(device), device, state, rank, world)
     except FloatingPointError as error:
         fail(f"{error}: try a lower --lr, --eta0 or --alpha-init; what {out_dir} holds is from before")
     except (ValueError, OSError) as error:
         fail(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
