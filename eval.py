@@ -82,9 +82,11 @@ def recorded(run):
     rows = []
     for path in sorted(Path(run).glob("eval*.json")):
         try:
-            # the flags are said against the defaults of today, which may not be those of then
-            rows += [{**row, "run": str(run), "flags": flags(row["args"])} for row in json.loads(path.read_text())]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            for row in json.loads(path.read_text()):
+                # the flags are said against the defaults of today, which may not be those of then
+                rows.append({**row, "run": str(run), "flags": flags(row["args"])})
+                list(table(rows[-1:])), row["sizes"].get("delay", 0) + row["window"]  # what cannot be shown alone is damaged
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not what eval.py --json writes ({error})") from error
     if not rows:
         raise ValueError(f"{run} has no best.pt and no eval.json: name run directories that train.py wrote, or kept results")

@@ -1105,6 +1105,88 @@ def test_faults_lose_nothing():
         assert state["step"] == 3 and all(value.isfinite().all() for value in state["model"].values())
 
 
+def ends_well(main, *argv):
+    """Run a command that may succeed or fail, but must fail with one line and exit status 2 -> did it succeed?"""
+    with quiet() as (_, err):
+        try:
+            main([str(a) for a in argv])
+            return True
+        except SystemExit as stop:
+            line = err.getvalue()
+            assert stop.code == 2 and line.startswith("error: ") and line.count("\n") == 1, f"{argv}: {stop.code}, {line!r}"
+            return False
+        except BaseException as error:
+            raise AssertionError(f"{' '.join(map(str, argv))} ended in {type(error).__name__}: {error}") from error
+
+
+def test_damaged_files():
+    """Truncations, flipped bits and foreign pickles: one line and exit 2, or a file that loads. DAMAGED=200 tries so many."""
+    rng = random.Random(0)
+    with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        run, kept, data, surprise = folder / "run", folder / "kept", folder / "data", folder / "surprise"
+        run_train(*TINY_COPY, *"--rule gradient --steps 4 --eval-interval 1 --out-dir".split(), run)
+        kept.mkdir()
+        run_eval(run, "--episodes", 4, "--json", kept / "eval.json")
+        shutil.copytree(packs, data)
+        few_shot = [*TINY, *"--task omniglot --rule none --filters 4 --batch-size 1 --eval-batches 1 --steps 1 --out-dir".split()]
+        resume = (train.main, ["--resume", "--steps", 5, "--out-dir", run])
+        read = {run / "ckpt.pt": resume, run / "metrics.jsonl": resume, run / "best.pt": (evaluation.main, [run, "--episodes", 4]),
+                kept / "eval.json": (evaluation.main, [kept, kept]),
+                data / "omniglot.pt": (train.main, [*few_shot, folder / "other", "--overwrite", "--data-dir", data])}
+        torch.save({"args": Surprise(surprise), "images": Surprise(surprise), "model": Surprise(surprise)}, folder / "pickle.pt")
+        foreign, refusals = (folder / "pickle.pt").read_bytes(), 0
+        for _ in range(int(os.environ.get("DAMAGED", 15))):
+            path = rng.choice(list(read))
+            main, argv = read[path]
+            before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+            damaged = bytearray(before[path])
+            how = rng.choice(("cut", "flip", "flip", "foreign"))
+            if how == "cut":
+                del damaged[rng.randrange(len(damaged)):]
+            elif how == "flip":
+                for _ in range(rng.choice((1, 10, 1000))):
+                    damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+            path.write_bytes(foreign if how == "foreign" else damaged)
+            wrong = path.read_bytes()
+            well = ends_well(main, *argv)
+            refusals += not well
+            assert not (well and how == "foreign") and not surprise.exists(), f"{path}: {how}"
+            for p in folder.rglob("*"):
+                if p.is_file() and not well and folder / "other" not in p.parents:
+                    assert p.read_bytes() == (wrong if p == path else before[p]), f"{how} in {path} changed {p}"
+            for p, content in before.items():
+                p.write_bytes(content)
+        assert refusals
+
+
+def test_random_arguments():
+    """Any arguments: a run, or one line and exit 2. ARGUMENTS=500 tries so many."""
+    rng = random.Random(0)
+    values = {"--task": "copy cue regression cifarfs omniglot nonsense", "--rule": "none hebbian gradient magic", "--seq-len": "0 1 3",
+              "--delay": "0 3 -1", "--min-delay": "0 2 9", "--vocab-size": "2 3 5", "--pairs": "1 3 9", "--cues": "2 4", "--dim": "1 3",
+              "--support": "1 3 x", "--queries": "0 1 2 30", "--ways": "1 3 999", "--shots": "1 2 19 20", "--n-layer": "0 1 2",
+              "--n-head": "1 2 3", "--d-model": "1 4 6", "--d-ff": "1 8", "--dropout": "0 0.5 1 nan", "--window": "0 1 3 -1",
+              "--block-size": "1 40", "--position": "learned rotary polar", "--filters": "1 2", "--alpha": "full outer",
+              "--fold": "0 1 2 -3", "--alpha-init": "-1 0 8 inf", "--eta0": "0 1 1.5 nan", "--max-norm": "0 1 inf -1",
+              "--aux-dim": "0 2", "--ablate": "none eta alpha backward", "--steps": "0 1 2", "--batch-size": "1 2 0",
+              "--lr": "1e-3 1 0 2", "--warmup-steps": "0 1", "--seed": "0 7 -1 99999999999999999999", "--device": "cpu tpu",
+              "--threads": "1 0", "--dtype": "float32 bfloat16", "--eval-interval": "1 5", "--eval-batches": "1 2",
+              "--save-interval": "0 nan"}
+    outcomes = []
+    with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        for _ in range(int(os.environ.get("ARGUMENTS", 30))):
+            argv = ["--task", rng.choice(("copy", "cue", "regression", "cifarfs", "omniglot")), "--steps", 1, "--batch-size", 2,
+                    "--d-model", 8, "--d-ff", 8, "--filters", 2, "--eval-batches", 1, "--device", "cpu"]
+            for flag in rng.sample(list(values), rng.choice((1, 2, 4, 8))):
+                argv += [flag, rng.choice(values[flag].split())]
+            if ends_well(train.main, *argv, "--warmup-steps=0", "--data-dir", packs, "--out-dir", run, *rng.choice(([], ["--overwrite"]))):
+                size = rng.choice(("--delay", "--ways", "--shots", "--support", "--queries", "--episodes"))
+                outcomes.append(ends_well(evaluation.main, run, "--batch-size", 2, "--episodes", 2, size, rng.choice((1, 2, 30))))
+        assert True in outcomes
+
+
 def test_readme_names_every_flag():
     """The README's table against the parser, both ways."""
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):

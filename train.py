@@ -362,7 +362,7 @@ def restore(state, out_dir, model, optimizer, generator):
     """Put a checkpoint back, cut metrics.jsonl back to what it knew -> its progress. Raises ValueError where one is damaged."""
     try:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
         generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])  # dropout
         if state["cuda"] and torch.cuda.is_available():
@@ -370,6 +370,10 @@ def restore(state, out_dir, model, optimizer, generator):
         run = argparse.Namespace(step=int(state["step"]), rows=int(state["rows"]), seconds=float(state["seconds"]),
                                  losses=[float(loss) for loss in state["losses"]],
                                  best=None if state["best"] is None else float(state["best"]))
+        moments = {p: {name: value.shape for name, value in of.items()} for p, of in optimizer.state.items()}
+        if moments != {p: {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in model.parameters()
+                       if run.step and p.requires_grad}:
+            raise ValueError("the optimizer's state is not that of this model")
     except Exception as error:  # as in load_checkpoint
         reason = str(error).strip().split("\n")[-1].strip()
         raise ValueError(f"{out_dir / 'ckpt.pt'} is not a whole checkpoint of train.py ({reason})") from error
