@@ -223,8 +223,8 @@ class SharedMatrix:
         return self.multiply(x, back=False) if self.slots and x.size(-2) == 1 else x @ self.matrix.mT
 
     def multiply(self, x, back):
-        if not torch.is_grad_enabled():  # the outer backward pass, whose own derivative nobody takes
-            return x @ (self.values if back else self.values.mT)
+        if not torch.is_grad_enabled():  # the outer backward pass, whose own derivative nobody takes; autocast is off there
+            return x @ (self.values if back else self.values.mT).to(x.dtype)
         slot = self.slots[back][len(self.vectors[back])]
         self.vectors[back].append(x.detach())
         return Multiply.apply(x, slot, self, back)
@@ -262,4 +262,4 @@ class RankOneTerms(torch.autograd.Function):
             return None, None, None
         dy, x = (torch.cat(side, dim=-2) for side in zip(*terms))  # (..., n, o), (..., n, i)
         # dM = sum_t dy_tᵀ x_t
-        return dy.mT @ x, None, None
+        return dy.mT @ x.to(dy.dtype), None, None

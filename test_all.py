@@ -381,9 +381,35 @@ def test_finite_where_inputs_and_writes_vanish():
                 assert parameter.grad is None or parameter.grad.isfinite().all(), f"{rule}, max_norm {max_norm}: {name}"
 
 
+def test_finite_at_the_edges():
+    """Long contexts, eta_0 of 1, no clipping, one sequence, one image. LONG=2000 makes the contexts so long.
+
+    Without clipping the Hebbian rule multiplies what it wrote: with alpha from 0.5 or so it overflows, as its equations say.
+    """
+    steps = int(os.environ.get("LONG", 60))
+    long = Copy(2, steps - 3, 6)
+    with fake_packs() as packs:
+        few_shot = FewShot("omniglot", packs, 2, 1, 1)
+        for rule, eta0, alpha_init, max_norm in (("hebbian", 1.0, 8.0, 1.0), ("gradient", 0.02, 20.0, 1.0), ("gradient", 1.0, 1.0, 1.0),
+                                                 ("hebbian", 1.0, 0.05, 0.0), ("gradient", 1.0, 1.0, math.inf)):
+            for task, dtype in ((long, torch.float32), (long, torch.bfloat16), (few_shot, torch.float32), (few_shot, torch.bfloat16)):
+                torch.manual_seed(0)
+                model = Transformer(task, rule, n_layer=1, n_head=2, d_model=8, d_ff=8, filters=4, eta0=eta0, max_norm=max_norm,
+                                    alpha_init=alpha_init)
+                episodes = task.sample("train", 1, random_generator(0, "train"))
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    out, _ = model(episodes)
+                    loss = task.loss(out, episodes.target)
+                loss.backward()
+                what = f"{rule}, eta_0 {eta0}, max_norm {max_norm}, {type(task).__name__}, {dtype}"
+                assert out.isfinite().all(), what
+                for name, parameter in model.named_parameters():
+                    assert parameter.grad is None or parameter.grad.isfinite().all(), f"{what}: {name}"
+
+
 def test_bfloat16_follows_float32():
     for rule in RULES:
-        for task in (Copy(3, 4, 6), Cue(4, 6)):
+        for task in (Copy(3, 4, 6), Copy(3, 40, 6), Cue(4, 6)):  # the second folds
             torch.manual_seed(0)
             model, episodes = Transformer(task, rule), task.sample("train", 8, random_generator(0, "train"))
             exact, _ = model(episodes)
@@ -935,7 +961,11 @@ def test_killed_at_any_moment():
                         run_train(*(["--resume", "--out-dir", part] if resume else [*argv, part]))
                         os._exit(0)
                     os._exit(1)
-                time.sleep(rng.uniform(0, took))
+                for wait in range(0 if life else 30_000):  # the first life lasts to its first row, and is killed for certain
+                    if Path(f"{part}/metrics.jsonl").exists():
+                        break
+                    time.sleep(1e-3)
+                time.sleep(rng.uniform(0, took) if life else 0)
                 os.kill(child, signal.SIGKILL)
                 status = os.waitpid(child, 0)[1]
                 killed += status == signal.SIGKILL
@@ -1191,7 +1221,7 @@ def test_readme_names_every_flag():
     """The README's table against the parser, both ways."""
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         train.parse_args(["--help"])
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text.getvalue())) - {"--help"}
+    flags = set(re.findall(r"^  (?:-\w, )?(--[a-z][a-z0-9-]+)", text.getvalue(), re.MULTILINE)) - {"--help"}
     table = set(re.findall(r"^\| `(--[a-z0-9-]+)` \|", (HERE / "README.md").read_text(), re.MULTILINE))
     assert flags == table, f"not in both: {flags ^ table}"
 
