@@ -15,6 +15,7 @@ Sizes and protocol: Chaudhary 2025 (arXiv 2510.21908), but with class-disjoint s
 """
 import io
 import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -171,8 +172,8 @@ class FewShot(Classification):
         self.class_ids = split_classes(name, classes)  # of each split, the rows of `images`
         n_images, self.image_shape = self.images.size(1), self.images.shape[2:4]  # (channels, size)
         fewest = min(len(ids) for ids in self.class_ids.values())
-        if not 2 <= ways <= fewest:
-            raise ValueError(f"--ways {ways}: {name} takes 2 to {fewest}, the classes of its smallest split")
+        if not 1 <= ways <= fewest:
+            raise ValueError(f"--ways {ways}: {name} takes 1 to {fewest}, the classes of its smallest split")
         if ways > self.n_out:
             raise ValueError(f"--ways {ways} is more than the {self.n_out} classes the model was made for")
         if shots + queries > n_images:
@@ -270,10 +271,14 @@ def make_pack(path, name):
     print(f"{path} is not there: downloading and packing {name}, once", flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        images, classes = (pack_cifar100 if name == "cifarfs" else pack_omniglot)(path.parent)
+        # in a folder of its own: nobody takes up what a broken download left, and two processes do not meet
+        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=path.parent) as root:
+            images, classes = (pack_cifar100 if name == "cifarfs" else pack_omniglot)(root)
+        if images.shape != PACKS[name][1]:
+            raise ValueError(f"what came has images {tuple(images.shape)}, expected {PACKS[name][1]}")
         save(path, {"images": images, "classes": classes})
-    except (OSError, RuntimeError) as error:  # RuntimeError: torchvision's word for a failed or corrupt download
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a download can fail in any way; whichever it is, there is no pack
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
         raise ValueError(f"cannot download {name} into --data-dir {path.parent} ({reason}): check the network, "
                          f"or put {path.name} there") from error
 

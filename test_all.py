@@ -4,6 +4,7 @@ The oracle comes first: the recurrence as the paper writes it, one sequence and 
 P_t, in double precision. Everything else in plasticity.py and model.py is only allowed to be faster than it.
 """
 import contextlib
+import http.server
 import io
 import json
 import math
@@ -16,9 +17,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
@@ -382,14 +385,14 @@ def test_finite_where_inputs_and_writes_vanish():
 
 
 def test_finite_at_the_edges():
-    """Long contexts, eta_0 of 1, no clipping, one sequence, one image. LONG=2000 makes the contexts so long.
+    """Long contexts, eta_0 of 1, no clipping, one sequence, one class, one image. LONG=2000 makes the contexts so long.
 
     Without clipping the Hebbian rule multiplies what it wrote: with alpha from 0.5 or so it overflows, as its equations say.
     """
     steps = int(os.environ.get("LONG", 60))
     long = Copy(2, steps - 3, 6)
     with fake_packs() as packs:
-        few_shot = FewShot("omniglot", packs, 2, 1, 1)
+        few_shot = FewShot("omniglot", packs, 1, 1, 1)
         for rule, eta0, alpha_init, max_norm in (("hebbian", 1.0, 8.0, 1.0), ("gradient", 0.02, 20.0, 1.0), ("gradient", 1.0, 1.0, 1.0),
                                                  ("hebbian", 1.0, 0.05, 0.0), ("gradient", 1.0, 1.0, math.inf)):
             for task, dtype in ((long, torch.float32), (long, torch.bfloat16), (few_shot, torch.float32), (few_shot, torch.bfloat16)):
@@ -582,15 +585,63 @@ def test_packing_downloads():
             assert images.shape == (100, 600, 3, 32, 32) and classes == FakeCIFAR100.classes
             assert (images[:, :, 0, 1, 2] == torch.arange(100)[:, None]).all(), "an image stands in another class"
             assert (images[:, :, 2, 3, 4] == (torch.arange(600) >= 500)).all(), "the training images come first"
+            path = Path(folder) / "new" / "omniglot.pt"
             with quiet():
-                tasks.make_pack(Path(folder) / "new" / "omniglot.pt", "omniglot")
-            pack = torch.load(Path(folder) / "new" / "omniglot.pt", weights_only=True)
+                fails("expected (1623, 20, 1, 28, 28)", tasks.make_pack, path, "omniglot")  # 6 characters are not Omniglot
+                assert not list(path.parent.iterdir()), "a refused download left something"
+                with mock.patch.dict(tasks.PACKS, omniglot=(path.name, (6, 20, 1, 28, 28))):
+                    # two at once, as two runs that start together
+                    statuses = in_processes(2, lambda: tasks.make_pack(path, "omniglot"))
+            assert statuses == [0, 0] and os.listdir(path.parent) == [path.name]
+            pack = torch.load(path, weights_only=True)
             assert pack["classes"] == [f"{a}/character0{c}" for a in ("Alpha", "Zulu", "Beta") for c in (1, 2)]
             assert pack["images"].shape == (6, 20, 1, 28, 28) and pack["images"].dtype == torch.uint8
             assert (pack["images"][..., 0, 0] == 255).all() and (pack["images"][..., 27, 27] == 0).all(), "ink is 255"
-            assert [p.name for p in (Path(folder) / "new").glob("*.tmp")] == []
     finally:
         torchvision.datasets.CIFAR100, torchvision.datasets.Omniglot = real
+
+
+def fails(reason, function, *args):
+    """Call what must raise a ValueError of one line with `reason` in it."""
+    try:
+        function(*args)
+    except ValueError as error:
+        assert reason in str(error) and "\n" not in str(error), f"{reason!r} is not said: {error}"
+    else:
+        raise AssertionError(f"accepted: {args}")
+
+
+class Broken(http.server.BaseHTTPRequestHandler):
+    """A server of data sets: /cut ends in the middle, /wrong is something else, /missing is not there."""
+
+    def do_GET(self):
+        self.send_response(404 if self.path.startswith("/missing") else 200)
+        self.send_header("Content-Length", "100000")
+        self.end_headers()
+        self.wfile.write(b"x" * (50000 if self.path.startswith("/cut") else 100000))
+
+    def log_message(self, *_):
+        pass
+
+
+def test_broken_downloads():
+    """torchvision's own downloads from a server that fails: one line, and nothing left that a next start could take up."""
+    from torchvision.datasets import CIFAR100, Omniglot
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://localhost:{server.server_port}"
+    with tempfile.TemporaryDirectory() as folder, quiet(), contextlib.redirect_stderr(io.StringIO()):
+        for how in ("cut", "wrong", "missing"):
+            with mock.patch.object(CIFAR100, "url", f"{address}/{how}"), \
+                 mock.patch.object(Omniglot, "download_url_prefix", f"{address}/{how}"):
+                for name in tasks.PACKS:
+                    fails(f"cannot download {name} into --data-dir {folder}", tasks.load_pack, folder, name)
+                    assert not os.listdir(folder), f"{how}: {name} left {os.listdir(folder)}"
+        server.shutdown()
+        server.server_close()
+        with mock.patch.object(CIFAR100, "url", f"{address}/nobody"):  # nobody listens there any more
+            fails("check the network", tasks.load_pack, folder, "cifarfs")
 
 
 def test_real_packs():
