@@ -513,7 +513,8 @@ def main(argv=None):
                   f"on {device}, into {out_dir}", flush=True)
         train(args, task, model.to(device), device, state, rank, world)
     except FloatingPointError as error:
-        fail(f"{error}: try a lower --lr, --eta0 or --alpha-init; what {out_dir} holds is from before")
+        clip = "" if args.rule == "none" or 0 < args.max_norm <= 1 else "--max-norm 1, "
+        fail(f"{error}: try {clip}a lower --lr, --eta0 or --alpha-init; what {out_dir} holds is from before")
     except (ValueError, OSError) as error:
         fail(error)
     finally:
