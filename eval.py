@@ -106,6 +106,13 @@ def learning_curve(run):
     return rows
 
 
+def learned(run, task):
+    """The update after which validation was first within 5% of perfect, of what there is to learn; None if it never was."""
+    perfect = 0 if task in ("cue", "regression") else 1
+    near = (row["step"] for row in learning_curve(run) if abs(row["val_metric"] - perfect) <= 0.05 * REFERENCE[task][2])
+    return next(near, None)
+
+
 def measure(run, options, device):
     """Everything eval.py says of one run, as a dict that JSON can hold."""
     task, model, args = load_run(run, device, options.overrides)
@@ -119,7 +126,8 @@ def measure(run, options, device):
                                                     "queries") if getattr(args, name, None) is not None}
     tested = " ".join(f"--{name.replace('_', '-')} {options.overrides[name]}" for name in SIZES if options.overrides[name])
     row = dict(run=str(run), task=args.task, rule=args.rule, args=args.trained, flags=flags(args.trained), tested=tested,
-               window=args.window, seed=args.seed, sizes=sizes, step=args.step, minutes=learning_curve(run)[-1]["seconds"] / 60, metric=task.metric, episodes=options.episodes,
+               window=args.window, seed=args.seed, sizes=sizes, step=args.step, minutes=learning_curve(run)[-1]["seconds"] / 60,
+               learned=learned(run, args.task), metric=task.metric, episodes=options.episodes,
                interval=interval(result["scores"]), **{k: result[k] for k in ("score", "loss", "eta", "write_norm", "gates")})
     if result["gates"]:
         model.plasticity.eta0 = 0.0  # the lesion: nothing is ever written
@@ -172,9 +180,9 @@ def mean(rows, key):
 
 def table(rows):
     """Several runs as lines of text: a row an experiment and rule; ± is the s.d. over seeds, the interval that of one run."""
-    yield ("| task, metric | flags | rule | runs | test | 95% interval | lesioned | persistence | selectivity | write | paper "
-           "| minutes |")
-    yield "|" + " --- |" * 12
+    yield ("| task, metric | flags | rule | runs | test | 95% interval | lesioned | persistence | selectivity | write | learned "
+           "| minutes | paper |")
+    yield "|" + " --- |" * 13
     for (task, told, tested), rules in by_experiment(rows).items():
         told = " ".join(filter(None, [told, tested and f"(tested with {tested})"]))
         digits = 3 if next(iter(rules.values()))[0]["metric"] == "accuracy" else 5
@@ -187,61 +195,67 @@ def table(rows):
                 spread = f" ± {statistics.stdev(values):.{digits}f}" if spread and len(values) > 1 else ""
                 return f"{statistics.mean(values):.{digits}f}{spread}"
 
-            paper = "-" if told else REFERENCE[task][1][RULES.index(rule)]
+            # beside our defaults, and beside the paper's own training on single sequences
+            paper = "-" if told and group[0]["args"]["batch_size"] > 1 else REFERENCE[task][1][RULES.index(rule)]
             yield (f"| {task}, {group[0]['metric']} | {told or '-'} | {rule} | [{len(group)}]({group[0]['run']}) | "
                    f"{cell('score', digits)} | {cell('interval', digits, False)} | {cell('lesion', digits)} | "
-                   f"{cell('persistence', 3)} | {cell('selectivity', 1)} | {cell('write_norm', 3)} | {paper} | "
-                   f"{cell('minutes', 1, False)} |")
+                   f"{cell('persistence', 3)} | {cell('selectivity', 1)} | {cell('write_norm', 3)} | {cell('learned', 0, False)} | "
+                   f"{cell('minutes', 1, False)} | {paper} |")
     seen = {row["task"] for row in rows}
     yield ""
     yield "Levels: " + "; ".join(f"{task}: {levels}" for task, (levels, _, _) in REFERENCE.items() if task in seen) + "."
 
 
-def better(one, other):
-    """Is the score of rows `one` better than that of rows `other`: 1 yes, -1 worse, 0 neither.
+def better(one, other, key="score"):
+    """Is a figure of rows `one` better than that of rows `other`: 1 yes, -1 worse, 0 neither.
 
-    A difference counts if it is more than two standard errors, and more than a hundredth of what there is to learn.
+    A difference counts if it is more than two standard errors, and in scores more than a hundredth of what there is to learn.
     """
-    (a, se_a), (b, se_b) = mean(one, "score"), mean(other, "score")
-    if abs(a - b) <= max(2 * math.hypot(se_a, se_b), 0.01 * REFERENCE[one[0]["task"]][2]):
+    (a, se_a), (b, se_b) = mean(one, key), mean(other, key)
+    least = 0.01 * REFERENCE[one[0]["task"]][2] if key == "score" else 0.0
+    if not abs(a - b) > max(2 * math.hypot(se_a, se_b), least):
         return 0
-    return 1 if (a > b) == (one[0]["metric"] == "accuracy") else -1
+    return 1 if (a > b) == (key != "score" or one[0]["metric"] == "accuracy") else -1
 
 
 def claims(rows):
     """The paper's claims (section 4 of its results) as lines of text, each with the verdict that the figures give."""
     groups = by_experiment(row for row in rows if "--ablate" not in row["flags"])
 
-    def line(claim, wanted, outcome):
+    def line(claim, wanted, outcome, key="score"):
         """`outcome` says of the rules of an experiment that is `wanted` if they are for the claim (1), against it (-1) or neither."""
-        found = {key: rules for key, rules in groups.items() if wanted(key[0], rules)}
+        found = {names: rules for names, rules in groups.items() if wanted(names[0], rules)
+                 and all(row.get(key) is not None for rule in rules if rule != "none" for row in rules[rule])}
         outcomes = [outcome(rules) for rules in found.values()]
-        verdict = "holds" if set(outcomes) == {1} else "holds only in part" if 1 in outcomes else "does not hold"
-        scores = (" ".join(filter(None, key)) + ": " + ", ".join(
-            f"{rule} {mean(group, 'score')[0]:.4g} ± {mean(group, 'score')[1]:.1g} ({len(group)})" for rule, group in rules.items())
-            for key, rules in found.items())
+        names = [f"[{' '.join(filter(None, name))}]({next(iter(rules.values()))[0]['run']})" for name, rules in found.items()]
+        held = [name for name, value in zip(names, outcomes) if value == 1]
+        verdict = "does not hold" if not held else "holds" if len(held) == len(found) else f"holds only in {', '.join(held)}"
         counts = f"{outcomes.count(1)} for it, {outcomes.count(-1)} against, {outcomes.count(0)} within the spread"
-        return f"| {claim} | {verdict}: {counts} | {'<br>'.join(scores)} |" if found else ""
+        figures = [f"{'−=+'[value + 1]} {name}: " + ", ".join(
+            "{} {:.4g} ± {:.2g} ({})".format(rule, *mean(group, key), len(group)) for rule, group in rules.items()
+            if group[0].get(key) is not None)
+            for name, rules, value in zip(names, found.values(), outcomes)]
+        return f"| {claim} | {verdict}: {counts} | {'<br>'.join(figures)} |" if found else ""
 
-    plastic = {"hebbian", "gradient"}
-    yield line("1 Hebbian is best in copying, regression and few-shot", lambda task, r: task != "cue" and plastic <= set(r),
+    def both(task, rules):
+        return {"hebbian", "gradient"} <= set(rules)
+
+    yield line("1 Hebbian is best in copying, regression and few-shot", lambda task, r: task != "cue" and both(task, r),
                lambda r: min(better(r["hebbian"], r[other]) for other in r if other != "hebbian"))
     yield line("2 Gradient is best at copying over long delays",
-               lambda task, r: task == "copy" and plastic <= set(r) and r["gradient"][0]["sizes"]["delay"] >= 20,
+               lambda task, r: task == "copy" and both(task, r) and r["gradient"][0]["sizes"]["delay"] >= 20,
                lambda r: better(r["gradient"], r["hebbian"]))
+    yield line("2 Gradient needs fewer updates to copy over long delays, where both learn it",
+               lambda task, r: task == "copy" and both(task, r) and r["gradient"][0]["sizes"]["delay"] >= 20,
+               lambda r: better(r["hebbian"], r["gradient"], "learned"), "learned")
     yield line("3 Static weights suffice for cues", lambda task, r: task == "cue" and "none" in r and len(r) > 1,
                lambda r: -1 if any(better(r[rule], r["none"]) == 1 for rule in r) else 1)
-    for name, text, kept in (("persistence", "Gradient's updates persist (mean eta / eta_0)", "gradient"),
-                             ("write_norm", "Gradient's updates are large (mean write, eta times the norm of D)", "gradient"),
-                             ("selectivity", "Hebbian is gated around salient events (selectivity)", "hebbian")):
-        found = {key: {rule: mean(r[rule], name)[0] for rule in ("hebbian", "gradient")} for key, r in groups.items()
-                 if plastic <= set(r) and all(name in row for rule in plastic for row in r[rule])}
-        larger = sum(max(values, key=values.get) == kept for values in found.values())
-        values = (" ".join(filter(None, key)) + ": " + ", ".join(f"{rule} {value:.3g}" for rule, value in v.items())
-                  for key, v in found.items())
-        if found:
-            yield (f"| 4 {text} | {'holds' if larger == len(found) else 'holds only in part' if larger else 'does not hold'}: larger "
-                   f"with {kept} in {larger} of {len(found)} | {'<br>'.join(values)} |")
+    yield line("4 Gradient's updates persist (mean eta / eta_0)", both,
+               lambda r: better(r["gradient"], r["hebbian"], "persistence"), "persistence")
+    yield line("4 Gradient's updates are large (mean write, eta times the norm of D)", both,
+               lambda r: better(r["gradient"], r["hebbian"], "write_norm"), "write_norm")
+    yield line("4 Hebbian is gated around salient events (selectivity)", both,
+               lambda r: better(r["hebbian"], r["gradient"], "selectivity"), "selectivity")
     for regime, where in (("over the whole episode", False), ("over a window", True)):
         yield line(f"5 Plasticity adds to attention {regime}",
                    lambda task, r: "none" in r and len(r) > 1 and bool(r["none"][0]["window"]) == where,
