@@ -37,7 +37,7 @@ IMAGES = dict(ways=5, shots=1, queries=5, n_layer=2, d_model=128, d_ff=256, lr=1
 DEFAULTS = {
     "copy": dict(seq_len=5, delay=20, min_delay=None, vocab_size=10, **SMALL, steps=500, batch_size=32, lr=4e-3),
     "cue": dict(pairs=8, cues=20, **SMALL, steps=1000, batch_size=32, lr=3e-3),
-    "regression": dict(dim=3, support=10, queries=10, **{**SMALL, "n_layer": 4}, steps=1500, batch_size=32, lr=1e-3),
+    "regression": dict(dim=3, support=10, queries=50, **{**SMALL, "n_layer": 4}, steps=2500, batch_size=32, lr=4e-3),
     "cifarfs": dict(**IMAGES, steps=800, warmup_steps=1000),
     "omniglot": dict(**IMAGES, steps=800, warmup_steps=0),
 }
