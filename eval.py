@@ -10,6 +10,7 @@ Every figure comes from best.pt, the state that was best on validation data, on 
 """
 import argparse
 import importlib.util
+import io
 import json
 import math
 import statistics
@@ -19,7 +20,7 @@ import torch
 
 from model import build_model
 from plasticity import RULES
-from tasks import make_task, random_generator
+from tasks import make_task, random_generator, write
 from train import add_size_flags, evaluate, fail, load_checkpoint, number, pick_device, prepare_cpu
 from train import parse_args as train_args
 
@@ -283,7 +284,9 @@ def plot(rows, path):
     curves.set(xlabel="update", ylabel="validation " + " / ".join(sorted({row["metric"] for row in rows})))
     gates.set(xlabel="step of the episode", ylabel="mean write, eta * ||D||")
     curves.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=Path(path).suffix[1:] or "png")
+    write(Path(path), picture.getbuffer())
     plt.close(figure)
 
 
@@ -327,7 +330,7 @@ def main(argv=None):
             print("\n".join(table(rows)))
             print("\n".join(["", "| claim | verdict | figures |", "| --- | --- | --- |", *filter(None, claims(rows))]))
         if options.json:
-            Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
+            write(Path(options.json), (json.dumps(rows, indent=1) + "\n").encode())
         if options.plot:
             plot(rows, options.plot)
     except (ValueError, OSError) as error:

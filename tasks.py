@@ -283,19 +283,26 @@ def make_pack(path, name):
                          f"or put {path.name} there") from error
 
 
-def save(path, content):
-    """torch.save beside the place, then rename: nobody ever finds half a file there, or loses the one before."""
+def write(path, content):
+    """Write bytes beside the place, then rename: nobody ever finds half a file there, or loses the one before."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    buffer = io.BytesIO()  # torch.save has no plain word for a full disk
-    torch.save(content, buffer)
     try:
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say which file it had no room for
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save(path, content):
+    """torch.save, as `write` writes."""
+    buffer = io.BytesIO()  # torch.save has no plain word for a full disk
+    torch.save(content, buffer)
+    write(path, buffer.getbuffer())
 
 
 def pack_cifar100(root):

@@ -1189,11 +1189,20 @@ def test_faults_lose_nothing():
                 model.head.weight.fill_(math.inf)
             return real(model, *rest)
 
-        assert "No space left" in failing(os, "fsync", 5, full)
+        line = failing(os, "fsync", 5, full)
+        assert "No space left" in line and str(run) in line, line
         assert not list(run.glob("*.tmp"))
         step = train.load_checkpoint(run / "ckpt.pt")["step"]
         assert 0 < step < 6 and torch.load(run / "best.pt", weights_only=True)["step"] <= step + 1
         run_train("--resume", "--out-dir", run)
+        table = run / "eval.json"
+        run_eval(run, "--episodes", 4, "--json", table)
+        before = table.read_bytes()
+        with mock.patch.object(os, "fsync", full):
+            assert str(table) in refused(evaluation.main, run, "--episodes", 2, "--json", table) and table.read_bytes() == before
+        with mock.patch.object(json, "dumps", full):  # stands for a full disk under metrics.jsonl, which names no file
+            assert f"--out-dir {run}" in refused(train.main, *argv)
+        run_train(*argv)
         line = failing(train, "update", 4, not_finite)
         assert "update 4, rule gradient: loss nan" in line and "--lr" in line, line
         state = train.load_checkpoint(run / "ckpt.pt")

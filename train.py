@@ -516,7 +516,7 @@ def main(argv=None):
         clip = "" if args.rule == "none" or 0 < args.max_norm <= 1 else "--max-norm 1, "
         fail(f"{error}: try {clip}a lower --lr, --eta0 or --alpha-init; what {out_dir} holds is from before")
     except (ValueError, OSError) as error:
-        fail(error)
+        fail(f"--out-dir {out_dir}: {error}" if getattr(error, "filename", "") is None else error)  # a full disk names no file
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
