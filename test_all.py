@@ -867,7 +867,7 @@ def test_gradients_are_clipped():
 
 def test_evaluation_with_fewer_classes():
     with fake_packs() as packs, tempfile.TemporaryDirectory() as folder:
-        run_train(*TINY, *"--task omniglot --rule none --ways 4 --filters 4 --steps 1 --batch-size 2 --out-dir".split(), folder,
+        run_train(*TINY, *"--task omniglot --rule none --ways 4 --filters 4 --steps 1 --warmup-steps 0 --batch-size 2 --out-dir".split(), folder,
                   "--data-dir", packs)
         text = run_eval(folder, "--ways", 3, "--episodes", 4)
         assert "ways 3" in text and "queries 15" in text
@@ -1233,7 +1233,7 @@ def test_damaged_files():
         kept.mkdir()
         run_eval(run, "--episodes", 4, "--json", kept / "eval.json")
         shutil.copytree(packs, data)
-        few_shot = [*TINY, *"--task omniglot --rule none --filters 4 --batch-size 1 --eval-batches 1 --steps 1 --out-dir".split()]
+        few_shot = [*TINY, *"--task omniglot --rule none --filters 4 --batch-size 1 --eval-batches 1 --steps 1 --warmup-steps 0 --out-dir".split()]
         resume = (train.main, ["--resume", "--steps", 5, "--out-dir", run])
         read = {run / "ckpt.pt": resume, run / "metrics.jsonl": resume, run / "best.pt": (evaluation.main, [run, "--episodes", 4]),
                 kept / "eval.json": (evaluation.main, [kept, kept]),
