@@ -1300,6 +1300,19 @@ def test_readme_names_every_flag():
     assert flags == table, f"not in both: {flags ^ table}"
 
 
+def test_readme_tables_come_from_the_results():
+    """What stands between the README's markers is what the command in the first of them prints."""
+    text = (HERE / "README.md").read_text()
+    before = os.getcwd()
+    os.chdir(HERE)  # the links in the tables are relative
+    try:
+        printed = run_eval(*sorted(Path("results").iterdir()))
+    finally:
+        os.chdir(before)
+    tables = re.search(r"<!-- tables: python eval.py results/\* -->\n(.*)<!-- end of tables -->", text, re.DOTALL)[1]
+    assert printed.strip() == tables.strip(), "fill the README in anew"
+
+
 class Surprise:
     """A pickle that makes a folder when it is loaded without weights_only."""
 
