@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -165,8 +166,12 @@ def report(row):
 
 def by_experiment(rows):
     """{(task, flags, tested sizes): {rule: the rows of its seeds}}, in the order of the tasks, then of the flags."""
+    def order(row):  # the defaults of alpha and eta_0 differ between the rules: the same for all is other flags for each
+        alike = re.sub(r"--(alpha-init|eta0) \S+ ?", "", row["flags"])
+        return list(REFERENCE).index(row["task"]), alike, row["tested"], RULES.index(row["rule"])
+
     groups = {}
-    for row in sorted(rows, key=lambda r: (list(REFERENCE).index(r["task"]), r["flags"], r["tested"], RULES.index(r["rule"]))):
+    for row in sorted(rows, key=order):
         groups.setdefault((row["task"], row["flags"], row["tested"]), {}).setdefault(row["rule"], []).append(row)
     return groups
 
