@@ -29,7 +29,7 @@ SIZES = ("seq_len", "delay", "pairs", "support", "queries", "ways", "shots")  # 
 # Levels to hold a score against; the paper's figures with none, hebbian and gradient (mean ± s.d. of 3 seeds); and what there
 # is to learn, the distance from guessing to perfect
 REFERENCE = {
-    "copy": ("chance 0.125, the right tokens in any order about 0.37", ("0.721", "0.727", "0.745"), 0.875),
+    "copy": ("chance 0.125, the right tokens in any order about 0.37; the paper's figures count blanks", ("0.721", "0.727", "0.745"), 0.875),
     "cue": ("guessing the mean 0.083", ("0.053 ± 0.020", "0.065 ± 0.036", "0.064 ± 0.020"), 1 / 12),
     "regression": ("guessing 0 gives 4, least squares 0", ("1.997 ± 0.266", "1.546 ± 0.064", "1.589 ± 0.038"), 4.0),
     "cifarfs": ("chance 1/ways; 5-way 1-shot: ProtoNet 0.555, MAML 0.589, R2D2 0.60 to 0.62",
