@@ -287,7 +287,7 @@ def plot(rows, path):
     if all(row["metric"] == "mse" for row in rows):
         curves.set_yscale("log")
     curves.set(xlabel="update", ylabel="validation " + " / ".join(sorted({row["metric"] for row in rows})))
-    gates.set(xlabel="step of the episode", ylabel="mean write, eta * ||D||")
+    gates.set(xlabel="step of the episode", ylabel="mean write, eta * ||D||", yscale="log")
     curves.legend(fontsize="small")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format=Path(path).suffix[1:] or "png")
