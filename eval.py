@@ -176,6 +176,11 @@ def by_experiment(rows):
     return groups
 
 
+def label(*names):
+    """The names of an experiment, the last of them the sizes it was tested with, as the tables have them."""
+    return " ".join(filter(None, [*names[:-1], names[-1] and f"(tested with {names[-1]})"]))
+
+
 def mean(rows, key):
     """Mean and standard error of a figure over the seeds; of one seed's score, over its episodes."""
     values = [row[key] for row in rows]
@@ -190,7 +195,7 @@ def table(rows):
            "| minutes | paper |")
     yield "|" + " --- |" * 13
     for (task, told, tested), rules in by_experiment(rows).items():
-        told = " ".join(filter(None, [told, tested and f"(tested with {tested})"]))
+        told = label(told, tested)
         digits = 3 if next(iter(rules.values()))[0]["metric"] == "accuracy" else 5
         for rule, group in rules.items():
 
@@ -233,14 +238,12 @@ def claims(rows):
         found = {names: rules for names, rules in groups.items() if wanted(names[0], rules)
                  and all(row.get(key) is not None for rule in rules if rule != "none" for row in rules[rule])}
         outcomes = [outcome(rules) for rules in found.values()]
-        names = [f"[{' '.join(filter(None, name))}]({next(iter(rules.values()))[0]['run']})" for name, rules in found.items()]
-        held = [name for name, value in zip(names, outcomes) if value == 1]
-        verdict = "does not hold" if not held else "holds" if len(held) == len(found) else f"holds only in {', '.join(held)}"
+        verdict = "does not hold" if 1 not in outcomes else "holds" if {*outcomes} == {1} else "holds only where marked +"
         counts = f"{outcomes.count(1)} for it, {outcomes.count(-1)} against, {outcomes.count(0)} within the spread"
-        figures = [f"{'−=+'[value + 1]} {name}: " + ", ".join(
+        figures = [f"{'−=+'[value + 1]} [{label(*names)}]({next(iter(rules.values()))[0]['run']}): " + ", ".join(
             "{} {:.4g} ± {:.2g} ({})".format(rule, *mean(group, key), len(group)) for rule, group in rules.items()
             if group[0].get(key) is not None)
-            for name, rules, value in zip(names, found.values(), outcomes)]
+            for (names, rules), value in zip(found.items(), outcomes)]
         return f"| {claim} | {verdict}: {counts} | {'<br>'.join(figures)} |" if found else ""
 
     def both(task, rules):
