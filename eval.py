@@ -241,7 +241,7 @@ def claims(rows):
         verdict = "does not hold" if 1 not in outcomes else "holds" if {*outcomes} == {1} else "holds only where marked +"
         counts = f"{outcomes.count(1)} for it, {outcomes.count(-1)} against, {outcomes.count(0)} within the spread"
         figures = [f"{'−=+'[value + 1]} [{label(*names)}]({next(iter(rules.values()))[0]['run']}): " + ", ".join(
-            "{} {:.4g} ± {:.2g} ({})".format(rule, *mean(group, key), len(group)) for rule, group in rules.items()
+            "{} {:.4g} ± {:.2g} ({})".format(rule, *mean(group, key), len(group)).replace(" ± inf", "") for rule, group in rules.items()
             if group[0].get(key) is not None)
             for (names, rules), value in zip(found.items(), outcomes)]
         return f"| {claim} | {verdict}: {counts} | {'<br>'.join(figures)} |" if found else ""
