@@ -287,10 +287,14 @@ def plot(rows, path):
         colors[name] = curve.get_color()
         if row["gates"]:
             gates.plot(row["gates"]["write"], color=colors[name])
+    shown = [row for row in rows if row["gates"] and row["episodes"] == 1]
+    if shown:  # not a mean: the writes of one episode, whose tokens stand below
+        tokens = shown[0]["tokens"][:len(shown[0]["gates"]["write"])]
+        gates.set_xticks(range(len(tokens)), tokens, fontsize="small", rotation=90 if max(map(len, tokens)) > 2 else 0)
     if all(row["metric"] == "mse" for row in rows):
         curves.set_yscale("log")
     curves.set(xlabel="update", ylabel="validation " + " / ".join(sorted({row["metric"] for row in rows})))
-    gates.set(xlabel="step of the episode", ylabel="mean write, eta * ||D||", yscale="log")
+    gates.set(xlabel="step of the episode", ylabel=f"{'' if shown else 'mean '}write, eta * ||D||", yscale="log")
     curves.legend(fontsize="small")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format=Path(path).suffix[1:] or "png")
