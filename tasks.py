@@ -14,6 +14,7 @@ The splits of copy, cue and regression differ in their random numbers only; thos
 Sizes and protocol: Chaudhary 2025 (arXiv 2510.21908), but with class-disjoint splits and queries in random order.
 """
 import io
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -159,7 +160,7 @@ class FewShot(Classification):
     """`shots` labelled images of each of `ways` classes in random order, then `queries` a class, in random order.
 
     Training images are augmented: CIFAR-FS by random horizontal flips; in Omniglot the quarter-turns of a character
-    count as three more characters. `n_out` may exceed `ways`, to test a model on fewer classes than it was made for.
+    count as three more characters, and every drawing is distorted a little. `n_out` may exceed `ways`, to test a model on fewer classes than it was made for.
     Raises ValueError where the sizes do not fit the data, and for a data pack that is missing or damaged.
     """
 
@@ -192,6 +193,7 @@ class FewShot(Classification):
             turns = classes // len(ids)  # class c + k * len(ids) is class c after k quarter-turns
             for k in (1, 2, 3):
                 images[turns == k] = images[turns == k].rot90(k, (-2, -1))
+            images = distort(images, generator)
         elif split == "train":
             flip = torch.rand(index.shape, generator=generator) < 0.5
             images[flip] = images[flip].flip(-1)
@@ -219,6 +221,21 @@ class FewShot(Classification):
 
     def describe(self, episodes):
         return [f"class {label}" for label in episodes.support_y[0].tolist()]
+
+
+TURN, SCALE, SHIFT = 10, 0.15, 0.15  # degrees, share of the size, share of half the width: the most that `distort` does
+
+
+def distort(images, generator):
+    """Each of the images (*, channels, size, size) uint8 turned, scaled and shifted a little at random -> the same shape."""
+    flat = images.flatten(0, -4)  # (N, channels, size, size)
+    u = torch.rand(4, flat.size(0), generator=generator) * 2 - 1  # (4, N) in [-1, 1]
+    angle, scale, across, down = u[0] * math.radians(TURN), 1 + u[1] * SCALE, u[2] * SHIFT, u[3] * SHIFT
+    # where in the image each pixel of the new one comes from: scale * rotation, then the shift
+    theta = torch.stack([scale * angle.cos(), -scale * angle.sin(), across,
+                         scale * angle.sin(), scale * angle.cos(), down], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, flat.shape, align_corners=False)  # (N, size, size, 2)
+    return F.grid_sample(flat.float(), grid, align_corners=False).round().byte().view_as(images)
 
 
 # The class-disjoint split of CIFAR-100 by Bertinetto et al., ICLR 2019: these to validate and test, the rest to train.

@@ -496,13 +496,42 @@ def test_regression_episodes():
     assert abs(task.loss(torch.zeros_like(answer), episodes.target).item() - 4) < 0.5
 
 
+def test_distorted_images():
+    """Two blobs: the middle between them says how far an image was shifted, their difference how it was turned and scaled."""
+    y, x = torch.meshgrid(torch.arange(28) - 13.5, torch.arange(28) - 13.5, indexing="ij")
+    blobs = torch.stack([torch.exp(-((x - at) ** 2 + y**2) / 4) for at in (-6, 6)])  # (channels, size, size)
+    images = (blobs * 255).round().byte().expand(4, 100, 2, 28, 28)
+    out = tasks.distort(images, random_generator(0, "train"))
+    assert out.dtype == torch.uint8 and out.shape == images.shape
+    assert torch.equal(out, tasks.distort(images, random_generator(0, "train")))
+    mass = out.flatten(0, 1).double()  # (400, 2, 28, 28)
+    centre = torch.stack([(mass * t).sum((-2, -1)) / mass.sum((-2, -1)) for t in (x, y)], -1)  # (400, 2 blobs, x and y)
+    apart = centre[:, 1] - centre[:, 0]
+    angle, scale = torch.atan2(apart[:, 1], apart[:, 0]).rad2deg(), 12 / apart.norm(dim=1)
+    shift = centre.mean(1) * scale[:, None] / 14  # of half the width; the turn mixes the two
+    mixed = 0.15 * (math.cos(math.radians(10)) + math.sin(math.radians(10)))
+    for what, away, most in (("angle", angle, 10), ("scale", scale - 1, 0.15),
+                             ("shift across", shift[:, 0], mixed), ("shift down", shift[:, 1], mixed)):
+        assert away.abs().max() < 1.03 * most and away.min() < -0.75 * most and away.max() > 0.75 * most, (what, away.aminmax())
+        assert abs(away.mean()) < 0.15 * most, f"{what}: {away.mean()} on the average"
+    assert torch.stack([angle, scale, *shift.T]).corrcoef().triu(1).abs().max() < 0.2, "two of them go together"
+
+
 def test_few_shot_episodes():
-    with fake_packs() as folder:
+    distorted = []
+
+    def straight(images, generator):
+        distorted.append(images.flatten(0, -4).size(0))
+        return images
+
+    with fake_packs() as folder, mock.patch.object(tasks, "distort", straight):
         for name in ("omniglot", "cifarfs"):
             task = FewShot(name, folder, ways=5, shots=2, queries=3)
             seen = {}
             for split in tasks.SPLITS:
+                distorted.clear()
                 episodes = task.sample(split, 40, random_generator(0, split))
+                assert sum(distorted) == (40 * 25 if name == "omniglot" and split == "train" else 0)
                 assert episodes.support_x.shape[:2] == (40, 10) and episodes.query_x.shape[:2] == (40, 15)
                 images = torch.cat([episodes.support_x, episodes.query_x], 1)  # (B, 25, channels, size, size)
                 labels = torch.cat([episodes.support_y, episodes.target], 1)  # (B, 25)

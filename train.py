@@ -39,7 +39,7 @@ DEFAULTS = {
     "cue": dict(pairs=8, cues=20, **SMALL, steps=1000, batch_size=32, lr=3e-3),
     "regression": dict(dim=3, support=10, queries=50, **{**SMALL, "n_layer": 4}, steps=2500, batch_size=32, lr=4e-3),
     "cifarfs": dict(**IMAGES, steps=800, warmup_steps=2400),
-    "omniglot": dict(**IMAGES, steps=1500, warmup_steps=1000),
+    "omniglot": dict(**IMAGES, steps=1500, warmup_steps=2000),
 }
 SIZES = ("seq_len", "delay", "min_delay", "vocab_size", "pairs", "cues", "dim", "support", "queries", "ways", "shots")
 # The Hebbian rule's large ||D_t|| keeps its eta_t near 0.0002 whatever eta_0 is. The gradient rule's comes near eta_0, and
