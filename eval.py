@@ -238,7 +238,8 @@ def claims(rows):
         found = {names: rules for names, rules in groups.items() if wanted(names[0], rules)
                  and all(row.get(key) is not None for rule in rules if rule != "none" for row in rules[rule])}
         outcomes = [outcome(rules) for rules in found.values()]
-        verdict = "does not hold" if 1 not in outcomes else "holds" if {*outcomes} == {1} else "holds only where marked +"
+        verdict = ("holds" if {*outcomes} == {1} else "holds only where marked +" if 1 in outcomes
+                   else "does not hold" if -1 in outcomes else "not supported, no difference beyond the spread")
         counts = f"{outcomes.count(1)} for it, {outcomes.count(-1)} against, {outcomes.count(0)} within the spread"
         figures = [f"{'−=+'[value + 1]} [{label(*names)}]({next(iter(rules.values()))[0]['run']}): " + ", ".join(
             "{} {:.4g} ± {:.2g} ({})".format(rule, *mean(group, key), len(group)).replace(" ± inf", "") for rule, group in rules.items()
