@@ -1,265 +1,240 @@
-"""Fast weights: the plastic linear layer, its two learning rules and the neuromodulator.
+"""Fast weights: what a plastic layer reads, what its rule writes, and how much of it.
 
-One episode is read step by step. A plastic layer has slow weights W (out, in) and b (out), learned between
-episodes, and fast weights P_t (out, in) and p_t (out), zero when an episode begins and rewritten at every step:
+An episode is read step by step. A plastic linear layer has slow weights W (out, in) and b (out),
+learned between episodes, and fast weights P_t (out, in) and p_t (out), zero when an episode begins
+and rewritten at every step t from the layer's input x_t and its output y_t:
 
     read    y_t     = (W + P_t) x_t + (b + p_t)
-    write   P_{t+1} = (1 - eta_t) P_t + eta_t * alpha ∘ D_t        p_{t+1} = (1 - eta_t) p_t + eta_t * beta ∘ d_t
+    write   P_{t+1} = (1 - eta_t) P_t + eta_t * alpha ∘ D_t
+            p_{t+1} = (1 - eta_t) p_t + eta_t * beta ∘ d_t
 
-            hebbian     D_t =  y_t x_tᵀ      d_t =  y_t            post times pre
-            gradient    D_t = -g_t x_tᵀ      d_t = -g_t            g_t = dL_t/dy_t, L_t = mean((w_out ∘ z_t)²)
+    hebbian     D_t =  y_t x_tᵀ    d_t =  y_t    post times pre
+    gradient    D_t = -g_t x_tᵀ    d_t = -g_t    g_t = dL_t/dy_t, of the model's internal loss L_t
 
-Both rules write a post-side signal u_t (y_t or -g_t) times the pre-side input x_t. Three facts make them fast; each
-is an identity, so what is computed stays exactly the rule above:
+Both write u_t x_tᵀ, a signal u_t at the output (`post`) times the input x_t (`pre`). Nothing is
+detached: the outer loss is differentiated through reads, writes, eta_t and g_t.
 
-1. P_t need not be a matrix. Unrolling the write gives a weighted sum over the past writes s < t,
-
-            P_t = alpha ∘ sum_s c_ts u_s x_sᵀ        c_ts = eta_s * (1 - eta_{s+1}) ... (1 - eta_{t-1})
-            p_t = beta  ∘ sum_s c_ts u_s
-
-   and (alpha ∘ u xᵀ) x' = u ∘ (alpha (x ∘ x')), so a read is attention over the past with per-connection weights.
-
-2. It may become one. A read costs a product with alpha for each term, so every K steps the terms are folded into the
-   matrix P_t0, and for the steps from then on, with terms s >= t0 only,
-
-            P_t = (1 - eta_t0) ... (1 - eta_{t-1}) P_t0 + alpha ∘ sum_s c_ts u_s x_sᵀ
-
-   A step then costs one matrix and at most K terms, however long the episode.
-
-3. The gradient of a folded matrix has low rank too: each read adds dy_t x_tᵀ. SharedMatrix multiplies them once.
-
-Sources: Chaudhary 2025 (arXiv 2510.21908), Duan et al. 2023 (arXiv 2302.03235), Miconi et al. 2018 and 2019.
-Unlike the paper's own code, nothing here is detached: the outer gradient runs through reads, writes, eta_t and g_t.
+Sources: Chaudhary 2025 (arXiv 2510.21908); Duan et al. 2023 (arXiv 2302.03235); Miconi et al. 2018
+and 2019, for plasticity by connection and for neuromodulation.
 """
-import math
+from collections import defaultdict
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-
-RULES = ("none", "hebbian", "gradient")
-ABLATIONS = ("none", "eta", "alpha", "backward")
 
 
 class PlasticLinear(nn.Linear):
-    """A linear layer with slow weights (W, b) and, unless the rule is none, the plasticity of each (alpha, beta).
+    """Slow weights W (out, in), b (out) and the plasticity of each: alpha (out, in), beta (out).
 
-    alpha (out, in) and beta (out) say how plastic each connection and each bias is; both start at `alpha_init`. With
-    `outer`, alpha has rank one: alpha_ij = alpha_post_i alpha_pre_j, and only the two vectors are learned.
-    The fast weights themselves belong to an episode, not to the layer: see FastWeights.
+    These start at `alpha_init`; None: none is. With `outer`, alpha_ij = alpha_post_i * alpha_pre_j.
     """
 
-    def __init__(self, d_in, d_out, rule, alpha_init, outer=False):
+    def __init__(self, d_in, d_out, alpha_init=1.0, outer=False):
         super().__init__(d_in, d_out)
         self.outer = outer
-        if rule != "none" and outer:
-            root = math.sqrt(abs(alpha_init))
-            self.alpha_post = nn.Parameter(torch.full((d_out,), math.copysign(root, alpha_init)))  # (out)
-            self.alpha_pre = nn.Parameter(torch.full((d_in,), root))  # (in)
-        elif rule != "none":
-            self.alpha = nn.Parameter(torch.full((d_out, d_in), float(alpha_init)))  # (out, in)
-        if rule != "none":
-            self.beta = nn.Parameter(torch.full((d_out,), float(alpha_init)))  # (out)
+        if alpha_init is None:
+            return
+        if outer:
+            self.alpha_post = nn.Parameter(torch.full((d_out,), alpha_init**0.5))
+            self.alpha_pre = nn.Parameter(torch.full((d_in,), alpha_init**0.5))
+        else:
+            self.alpha_full = nn.Parameter(torch.full((d_out, d_in), float(alpha_init)))
+        self.beta = nn.Parameter(torch.full((d_out,), float(alpha_init)))
+
+    @property
+    def alpha(self):  # (out, in)
+        return torch.outer(self.alpha_post, self.alpha_pre) if self.outer else self.alpha_full
 
     def forward(self, x, fast=None):
-        """y = (W + P_t) x + (b + p_t) for x (B, Q, in) -> (B, Q, out); without `fast`, P_t and p_t are zero."""
-        y = super().forward(x)
-        return y if fast is None else fast.read(self, x, y)
-
-    def attend(self, x, c, post, pre):
-        """alpha ∘ (sum_s c_ts u_s x_sᵀ) times x (B, 1, in) -> (B, 1, out).
-
-        c (B, S, 1), post u_s (B, S, out) and pre x_s (B, S, in) are those of S writes.
-        """
-        if not self.outer:
-            # sum_s c_ts u_s ∘ (alpha (x_s ∘ x))
-            return (post * (c * F.linear(pre * x, self.alpha))).sum(1, keepdim=True)
-        # alpha_ij = a_i b_j, so alpha (x_s ∘ x) = a (x_s · (b ∘ x)): one number a write, as in linear attention
-        match = (pre * (self.alpha_pre * x)).sum(-1, keepdim=True)  # (B, S, 1)
-        return self.alpha_post * (post * (c * match)).sum(1, keepdim=True)
-
-    def connect(self, c, post, pre):
-        """alpha ∘ sum_s c_ts u_s x_sᵀ -> (B, out, in), from the same as attend."""
-        if not self.outer:
-            return self.alpha * ((c * post).mT @ pre)
-        return (c * self.alpha_post * post).mT @ (self.alpha_pre * pre)
+        """x (B, T, in) -> y (B, T, out). Without `fast`, P_t and p_t are zero."""
+        return super().forward(x) if fast is None else fast.read(self, x)
 
 
 class Plasticity(nn.Module):
-    """What the plastic layers of a model share: the rule, the neuromodulator's settings and the internal loss.
+    """What makes a rule: the signal u_t that it writes, and eta_t, how much of it.
 
-    rule        none, hebbian or gradient
-    n_out       how many of the head's outputs are the task's
-    eta0        eta_0, the largest rate of a write
-    max_norm    a write with a larger ||D_t|| is scaled down to it; 0 or inf: never
-    aux_dim     auxiliary outputs of the head (gradient only)
-    ablate      what is taken away: none; eta: no neuromodulation, sigmoid(m_t) is 1; alpha: alpha and beta stay where they
-                start; backward: the outer gradient passes through no write (x_s, u_s and eta_t are constants to it) and
-                alpha and beta stay, which leaves only slow weights to learn, as in the paper's own code
-
-    `n_head_rows` is the size of z_t, the head's whole output, in this order: the task's n_out logits, the
-    neuromodulator m_t (both plastic rules), aux_dim auxiliary numbers (gradient). No rule has rows it does not use.
+    The head's whole output z_t (B, 1, Z) is the task's `n_out` numbers, the neuromodulator m_t and,
+    for the gradient rule, `aux_dim` auxiliary numbers. For the settings see model.Config.
     """
 
     def __init__(self, rule, n_out, eta0=0.2, max_norm=1.0, aux_dim=4, ablate="none"):
         super().__init__()
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
-        if ablate not in ABLATIONS:
-            raise ValueError(f"ablate must be one of {', '.join(ABLATIONS)}, not {ablate!r}")
-        self.rule, self.n_out, self.eta0, self.max_norm, self.ablate = rule, n_out, eta0, max_norm, ablate
-        self.n_head_rows = n_out + {"none": 0, "hebbian": 1, "gradient": 1 + aux_dim}[rule]
+        self.rule, self.n_out, self.ablate = rule, n_out, ablate
+        self.eta0, self.max_norm = eta0, max_norm
+        self.n_head = n_out + {"none": 0, "hebbian": 1, "gradient": 1 + aux_dim}[rule]  # Z
         if rule == "gradient":
-            self.w_out = nn.Parameter(torch.ones(self.n_head_rows))  # (n_out + 1 + aux_dim)
+            self.w_out = nn.Parameter(torch.ones(self.n_head))  # (Z)
 
-    def signals(self, z, ys, learning):
-        """The post-side signal u_t of every plastic layer, from z_t (B, 1, Z) and their outputs y_t (B, 1, out)."""
+    def post_signal(self, z, ys, learning=True):
+        """u_t of each layer from z_t (B, 1, Z) and y_t of each, (B, 1, out)."""
         if self.rule == "hebbian":
-            # u_t = y_t
-            return ys
-        # L_t = mean((w_out ∘ z_t)²), one loss a sequence; sequences do not mix, so the sum has each one's gradient
-        internal_loss = (self.w_out * z).square().mean(-1).sum()
-        # u_t = -g_t, g_t = dL_t/dy_t; create_graph lets the outer loss differentiate through g_t (second order)
-        return [-g for g in torch.autograd.grad(internal_loss, ys, retain_graph=True, create_graph=learning)]
+            return ys  # u_t = y_t
+        if self.rule == "gradient":
+            # L_t = mean((w_out ∘ z_t)²), one a sequence; their sum has the gradient of each
+            L = (self.w_out * z).square().mean(-1).sum()
+            # u_t = -g_t, g_t = dL_t/dy_t
+            return torch.autograd.grad(-L, ys, create_graph=learning, retain_graph=True)
 
-    def eta(self, z, d_norm_sq):
-        """eta_t (B, 1) from z_t (B, 1, Z) and ||D_t||² (B, 1)."""
+    def eta(self, z, norm):
+        """eta_t (B, 1, 1) from z_t (B, 1, Z) and norm = ||D_t|| (B, 1, 1)."""
+        m = z[:, :, self.n_out:self.n_out + 1]  # (B, 1, 1)
+        gate = torch.ones_like(m) if self.ablate == "eta" else torch.sigmoid(m)
         # eta_t = eta_0 * sigmoid(m_t) * min(1, max_norm / ||D_t||)
-        m = z[:, :, self.n_out]  # (B, 1)
-        eta = self.eta0 * (torch.ones_like(m) if self.ablate == "eta" else torch.sigmoid(m))
-        if 0 < self.max_norm < math.inf:
-            # clamped before the root, whose derivative is infinite at ||D_t|| = 0
-            eta = eta * self.max_norm / d_norm_sq.clamp(min=self.max_norm**2).sqrt()
-        return eta
+        return self.eta0 * gate * (self.max_norm / norm).clamp(max=1)
 
 
 class FastWeights:
-    """The fast weights of every plastic layer over one batch of B episodes: a matrix, and the terms since its fold.
+    """The fast weights of every plastic layer over a batch of B episodes, as the equations say.
 
-    read() is called by each layer at each step and remembers what that step would write; write() then appends it.
-    `fold` is K: after K writes the terms become part of the matrix; 0: never, until someone calls fold_terms().
-    `eta` and `d_norm` list eta_t and ||D_t||, each (B, 1), of the writes so far: what the gates are drawn from.
+    Every layer reads once a step, then write() ends the step. `eta` and `norm` list what it found.
     """
 
-    def __init__(self, plasticity, fold=0):
+    def __init__(self, plasticity, fold=None):
         self.plasticity, self.fold = plasticity, fold
-        # else no history is kept for the outer gradient: in evaluation, and where it is ablated
+        # does the outer gradient pass through what is written? else it is a constant
         self.learning = torch.is_grad_enabled() and plasticity.ablate != "backward"
-        self.matrix = {}  # of each layer: P_t0 (B, out, in) as a SharedMatrix
-        self.decay = 1.0  # then (B, 1, 1): the product of 1 - eta_t since the fold, shared by all layers as eta_t is
-        self.c = None  # then c_ts (B, S, 1) of the S writes since
-        self.pre, self.post = {}, {}  # of each layer: x_s (B, S, in) and u_s (B, S, out) of these
-        self.p = {}  # of each layer: sum_s c_ts u_s (B, 1, out) over all writes, of which p_t is beta times
-        self.now = {}  # of each layer: x_t (B, 1, in) and y_t (B, 1, out) of the present step
-        self.eta, self.d_norm = [], []
+        self.P = defaultdict(float)  # layer: P_t, at first 0, then (B, out, in)
+        self.p = defaultdict(float)  # layer: p_t, at first 0, then (B, 1, out)
+        self.now = {}  # layer: x_t (B, 1, in) and y_t (B, 1, out) of the present step
+        self.eta, self.norm = [], []
 
-    def read(self, layer, x, y):
-        """Add P_t x + p_t to y = W x + b. x (B, Q, in), y (B, Q, out): one context step, or Q queries after a fold."""
-        if layer in self.p:
-            y = torch.addcmul(y, layer.beta, self.p[layer])
-        if layer in self.pre:
-            y = y + layer.attend(x, self.c, self.post[layer], self.pre[layer])
-        if layer in self.matrix:
-            # (1 - eta_t0) ... (1 - eta_{t-1}) P_t0 x
-            y = y + self.decay * self.matrix[layer].read(x)
+    def read(self, layer, x):
+        """x (B, T, in) -> y (B, T, out), of one step of the context or of T queries."""
+        # y_t = (W + P_t) x_t + (b + p_t)
+        y = x @ (layer.weight + self.P[layer]).mT + (layer.bias + self.p[layer])
         self.now[layer] = x, y
         return y
 
     def write(self, z):
-        """End the present step, whose head said z_t (B, 1, Z): work out eta_t and D_t and append them to P_t."""
-        signals = self.plasticity.signals(z, [y for _, y in self.now.values()], self.learning)
+        """End the present step, whose head said z_t (B, 1, Z)."""
+        pre, ys = zip(*self.now.values())  # x_t and y_t of each layer
+        post = self.plasticity.post_signal(z, ys, self.learning)  # u_t of each layer
         # ||D_t||² = sum over the layers of ||u_t x_tᵀ||_F², and ||u xᵀ||_F = |u| |x|
-        d_norm_sq = sum(u.square().sum(-1) * x.square().sum(-1) for (x, _), u in zip(self.now.values(), signals))
-        eta = self.plasticity.eta(z, d_norm_sq)  # (B, 1)
-        self.eta.append(eta.detach())
-        self.d_norm.append(d_norm_sq.detach().sqrt())
-        eta = eta.unsqueeze(-1) if self.learning else eta.detach().unsqueeze(-1)  # (B, 1, 1)
-        # c_{t+1,s} = (1 - eta_t) c_ts for the past writes, c_{t+1,t} = eta_t for this one
-        keep = 1 - eta
-        self.decay = keep * self.decay
-        for (layer, (x, _)), u in zip(self.now.items(), signals):
-            if not self.learning:
-                x, u = x.detach(), u.detach()
-            new = eta * u
-            self.p[layer] = torch.addcmul(new, keep, self.p[layer]) if layer in self.p else new
-            past = layer in self.pre
-            self.pre[layer] = torch.cat([self.pre[layer], x], dim=1) if past else x
-            self.post[layer] = torch.cat([self.post[layer], u], dim=1) if past else u
-        self.c = eta if self.c is None else torch.cat([keep * self.c, eta], dim=1)
-        if self.fold and self.c.size(1) == self.fold:
+        norms = [u.norm(dim=-1) * x.norm(dim=-1) for x, u in zip(pre, post)]  # (B, 1) each
+        norm = torch.stack(norms, -1).norm(dim=-1, keepdim=True).clamp(min=1e-15)  # (B, 1, 1)
+        eta = self.plasticity.eta(z, norm)  # (B, 1, 1)
+        self.eta.append(eta.detach().flatten(1))  # (B, 1)
+        self.norm.append(norm.detach().flatten(1))  # (B, 1)
+        with torch.set_grad_enabled(self.learning):
+            self.store(eta, zip(self.now, pre, post))
+
+    def store(self, eta, writes):
+        """Write, for each (layer, x_t, u_t), u_t (B, 1, out) times x_t (B, 1, in)."""
+        for layer, x, u in writes:
+            # P_{t+1} = (1 - eta_t) P_t + eta_t * alpha ∘ u_t x_tᵀ
+            self.P[layer] = (1 - eta) * self.P[layer] + eta * layer.alpha * (u.mT @ x)
+            # p_{t+1} = (1 - eta_t) p_t + eta_t * beta ∘ u_t
+            self.p[layer] = (1 - eta) * self.p[layer] + eta * layer.beta * u
+
+
+# ------ You know the idea and can stop here. What follows gives the same numbers, faster. ------
+class UnrolledFastWeights(FastWeights):
+    """The same fast weights without a matrix, as a weighted sum over the past writes s < t:
+
+        P_t = alpha ∘ sum_s c_ts u_s x_sᵀ      c_ts = eta_s (1 - eta_{s+1}) ... (1 - eta_{t-1})
+
+    A step costs more with every term, so after `fold` writes, at a step t0, they become the matrix
+    P_t0, which then decays by (1 - eta_t0) ... (1 - eta_{t-1}), and the sum is over s >= t0.
+    """
+
+    def __init__(self, plasticity, fold=32):
+        super().__init__(plasticity, fold)
+        self.decay, self.c = 1.0, None  # then (B, 1, 1), c_ts (B, S, 1) of the S writes since t0
+        self.pre, self.post = {}, {}  # layer: x_s (B, S, in) and u_s (B, S, out) of these
+
+    def read(self, layer, x):
+        if x.size(1) > 1:  # queries, which all read the same P_t
+            self.fold_terms()
+        y = layer(x) + self.p[layer]  # W x + b + p_t, (B, T, out)
+        if layer in self.P:
+            y = y + self.decay * self.P[layer].times(x)  # (1 - eta_t0) ... (1 - eta_{t-1}) P_t0 x
+        if layer in self.pre:
+            y = y + self.read_terms(layer, x)
+        self.now[layer] = x, y
+        return y
+
+    def read_terms(self, layer, x):
+        c, pre, post = self.c, self.pre[layer], self.post[layer]
+        if layer.outer:
+            # alpha_post ∘ sum_s c_ts (x_s · (alpha_pre ∘ x)) u_s: one number for each write
+            match = (pre * (layer.alpha_pre * x)).sum(-1, keepdim=True)  # (B, S, 1)
+            return layer.alpha_post * torch.bmm((c * match).mT, post)
+        # sum_s c_ts u_s ∘ (alpha (x_s ∘ x)): attention with a weight for each connection
+        return torch.bmm(c.mT, post * ((pre * x) @ layer.alpha.mT))
+
+    def store(self, eta, writes):
+        c = self.c if self.pre else eta[:, :0]  # (B, S, 1)
+        # P_{t+1} = (1 - eta_t) P_t + eta_t * alpha ∘ u_t x_tᵀ: the terms decay, and one joins,
+        # c_{t+1,s} = (1 - eta_t) c_ts and c_{t+1,t} = eta_t
+        self.c = torch.cat([(1 - eta) * c, eta], dim=1)
+        self.decay = (1 - eta) * self.decay
+        for layer, x, u in writes:
+            self.pre[layer] = torch.cat([self.pre.get(layer, x[:, :0]), x], dim=1)
+            self.post[layer] = torch.cat([self.post.get(layer, u[:, :0]), u], dim=1)
+            self.p[layer] = (1 - eta) * self.p[layer] + eta * layer.beta * u
+        if self.c.size(1) == self.fold:
             self.fold_terms()
 
     def fold_terms(self):
-        """Make the terms part of the matrix: P_t0 for the present t as t0. Exact, and done before queries read."""
         for layer, pre in self.pre.items():
-            P = layer.connect(self.c, self.post[layer], pre)  # (B, out, in)
-            if layer in self.matrix:
-                P = torch.addcmul(P, self.decay, self.matrix[layer].matrix)
-            self.matrix[layer] = SharedMatrix(P if self.learning else P.detach(), self.fold)
-        self.pre, self.post, self.c, self.decay = {}, {}, None, 1.0
+            P = layer.alpha * ((self.c * self.post[layer]).mT @ pre)  # (B, out, in)
+            if layer in self.P:
+                P = P + self.decay * self.P[layer].matrix
+            self.P[layer] = SharedMatrix(P, self.fold)
+        self.pre, self.post, self.decay = {}, {}, 1.0
 
 
+# ------ Fenced off: times(x) equals x @ M.mT. Only for episodes longer than --fold. ------
 class SharedMatrix:
-    """A matrix M (..., o, i) that the next `n_reads` steps multiply, one vector each: read(x) = x Mᵀ, x (..., 1, i).
+    """A matrix M (B, out, in) that the next n steps multiply, one vector each: times(x) = x Mᵀ.
 
-    Exact: dM is the sum over the steps of dy_tᵀ x_t. Autograd forms each, as large as M, and adds them up, which costs more
-    than everything else a step does. Here every read has a *slot*, a zero whose gradient is dy_t; when all slots have
-    theirs, dM = [dy_1, dy_2, ...]ᵀ [x_1, x_2, ...] is one product. `matrix` is M for other uses than read.
-
-    The gradient rule differentiates the derivative dx_t = dy_t M of a read again, at a dy_t that is g_t; this use of M
-    has a slot as well, whose gradient v_t gives the term g_tᵀ v_t.
+    Autograd would form each step's dM, as large as M, and add them up. Here each product has a
+    slot, a zero whose gradient is dy_t; when all have theirs, dM = sum_t dy_tᵀ x_t is one product.
+    The gradient rule differentiates dx_t = dy_t M once more: this use of M has slots, too.
     """
 
-    def __init__(self, matrix, n_reads):
-        self.matrix, self.values = matrix, matrix.detach()
-        # by direction (False: x Mᵀ, True: dy M): the vectors that were multiplied, and a slot for each
-        self.vectors, self.slots = {False: [], True: []}, None
-        if matrix.requires_grad and torch.is_grad_enabled() and n_reads:
-            slots = RankOneTerms.apply(matrix, self.vectors, n_reads)
-            self.slots = {False: slots[:n_reads], True: slots[n_reads:]}
+    def __init__(self, matrix, n):
+        self.matrix, self.vectors = matrix, {False: [], True: []}  # what was multiplied, by `back`
+        if matrix.requires_grad:
+            slots = SharedSlots.apply(matrix, self.vectors, n)
+            self.slots = {False: slots[:n], True: slots[n:]}
 
-    def read(self, x):
-        """x (..., 1, i) -> x Mᵀ (..., 1, o); or x (..., Q, i) of many queries, which is one product as it is."""
-        return self.multiply(x, back=False) if self.slots and x.size(-2) == 1 else x @ self.matrix.mT
-
-    def multiply(self, x, back):
-        if not torch.is_grad_enabled():  # the outer backward pass, whose own derivative nobody takes; autocast is off there
-            return x @ (self.values if back else self.values.mT).to(x.dtype)
+    def times(self, x, back=False):
+        """x (B, T, in) -> x Mᵀ (B, T, out), or if `back` x (B, T, out) -> x M (B, T, in)."""
+        M = self.matrix if back else self.matrix.mT
+        if x.size(1) > 1 or not (M.requires_grad and torch.is_grad_enabled()):
+            return x @ M  # queries, or a product that nobody will differentiate
         slot = self.slots[back][len(self.vectors[back])]
         self.vectors[back].append(x.detach())
-        return Multiply.apply(x, slot, self, back)
+        return SharedProduct.apply(x, slot, self, back)
 
 
-class Multiply(torch.autograd.Function):
-    """x Mᵀ, or x M if `back`, for a SharedMatrix; the gradient for M goes to the slot."""
+class SharedProduct(torch.autograd.Function):
+    """One product of a SharedMatrix; the gradient for M goes to the slot."""
 
     @staticmethod
     def forward(ctx, x, slot, shared, back):
         ctx.shared, ctx.back = shared, back
-        return x @ (shared.values if back else shared.values.mT)
+        return shared.times(x, back)
 
     @staticmethod
     def backward(ctx, dy):
-        return ctx.shared.multiply(dy, not ctx.back), dy, None, None
+        return ctx.shared.times(dy, not ctx.back), dy, None, None
 
 
-class RankOneTerms(torch.autograd.Function):
-    """M (..., o, i) -> n slots like y = x Mᵀ (..., 1, o), and n like x (..., 1, i); see SharedMatrix."""
+class SharedSlots(torch.autograd.Function):
+    """M (B, out, in) -> n slots (B, 1, out) for x Mᵀ, then n slots (B, 1, in) for dy M."""
 
     @staticmethod
     def forward(ctx, M, vectors, n):
         ctx.set_materialize_grads(False)  # a slot that nobody used has None
         ctx.vectors, ctx.n = vectors, n
-        y, x = M.new_zeros(()), M.new_zeros(())  # expanded: they take no memory
-        return (*(y.expand(*M.shape[:-2], 1, M.size(-2)) for _ in range(n)),
-                *(x.expand(*M.shape[:-2], 1, M.size(-1)) for _ in range(n)))
+        zero, (B, d_out, d_in) = M.new_zeros(()), M.shape
+        return tuple(zero.expand(B, 1, size) for size in [d_out] * n + [d_in] * n)
 
     @staticmethod
     def backward(ctx, *grads):
-        terms = [(dy, x) for dy, x in zip(grads[:ctx.n], ctx.vectors[False]) if dy is not None]
-        terms += [(g, v) for v, g in zip(grads[ctx.n:], ctx.vectors[True]) if v is not None]
-        if not terms:
-            return None, None, None
-        dy, x = (torch.cat(side, dim=-2) for side in zip(*terms))  # (..., n, o), (..., n, i)
-        # dM = sum_t dy_tᵀ x_t
-        return dy.mT @ x.to(dy.dtype), None, None
+        pairs = [*zip(grads[:ctx.n], ctx.vectors[False]), *zip(ctx.vectors[True], grads[ctx.n:])]
+        used = [(dy, x) for dy, x in pairs if dy is not None and x is not None]
+        dy, x = (torch.cat(side, dim=1) for side in zip(*used))  # (B, n, out), (B, n, in)
+        return dy.mT @ x, None, None  # dM = sum_t dy_tᵀ x_t
