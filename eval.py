@@ -81,8 +81,7 @@ def report(row):
     yield "  " + "   ".join(f"{name.replace('_', ' ')} {row[name]:.5f}" for name in (
         "eta", "write_norm", "persistence", "selectivity") if row.get(name) is not None)
     yield f"  {'step':>4}  {'one episode':<14} {'eta':>8} {'||D||':>9} {'write':>8}  (means)"
-    gates = row["gates"]
-    most = max(max(gates["write"]), 1e-12)
+    gates, most = row["gates"], max(max(row["gates"]["write"]), 1e-12)
     for t, (eta, norm, written) in enumerate(zip(gates["eta"], gates["d_norm"], gates["write"])):
         bar = "#" * round(40 * written / most)
         yield f"  {t:4}  {row['tokens'][t]:<14} {eta:8.5f} {norm:9.3f} {written:8.5f} {bar}"

@@ -11,14 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from plasticity import FastWeights, PlasticLinear, Plasticity, UnrolledFastWeights
+from plasticity import FastWeights, PlasticLinear, Plasticity, SharedMatrix, UnrolledFastWeights
 
 
 @dataclass
 class Config:
-    """All settings of a model: type, meaning, least and largest value, default. train.py makes
-    flags of them, and has other defaults for some tasks and rules."""
-
+    """The settings of a model: type, meaning, limits, default. train.py makes its flags of them."""
     n_layer: Annotated[int, "blocks", 1] = 2
     n_head: Annotated[int, "attention heads; must divide --d-model", 1] = 4
     d_model: Annotated[int, "channels", 1] = 64
@@ -27,8 +25,7 @@ class Config:
     position: Annotated[Literal["learned", "rotary"], "absolute, or relative positions"] = "learned"
     block_size: Annotated[int, "learned positions; 0: as many as an episode has", 0] = 0
     filters: Annotated[int, "filters of each convolution", 1] = 64
-    rule: Annotated[Literal["none", "hebbian", "gradient"], "what the fast weights are written by; "
-                    "none: a plain GPT"] = "hebbian"
+    rule: Annotated[Literal["none", "hebbian", "gradient"], "none: a plain GPT"] = "hebbian"
     alpha: Annotated[Literal["full", "outer"], "a plasticity for each connection, or (faster) the "
                      "product of one for each input and one for each output"] = "full"
     alpha_init: Annotated[float, "where alpha and beta start", 0, 1000] = 8.0
@@ -36,8 +33,8 @@ class Config:
     max_norm: Annotated[float, "a write with a larger ||D_t|| is scaled down to it", 1e-9] = 1.0
     aux_dim: Annotated[int, "auxiliary outputs of the head, with the gradient rule", 0] = 4
     ablate: Annotated[Literal["none", "eta", "alpha", "backward"], "eta: sigmoid(m_t) is 1; alpha: "
-                      "it stays where it starts, as does beta; backward: that, and nothing is "
-                      "learned through the writes, as in the paper's own code"] = "none"
+                      "it and beta stay as they start; backward: that, and no outer gradient "
+                      "passes through the writes, as in the paper's own code"] = "none"
     fast_weights: Annotated[Literal["unrolled", "literal"], "P_t as a sum over past writes, or as "
                             "the equations say: the same numbers, slower"] = "unrolled"
     fold: Annotated[int, "unrolled: writes until the sum becomes a matrix; for speed", 1] = 32
@@ -54,7 +51,7 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, self.n_head = config.d_model, config.n_head
+        C, self.n_head, self.fold = config.d_model, config.n_head, config.fold
         self.qkv = nn.Linear(C, 3 * C)
         with torch.no_grad():  # queries start equal to keys, so that a step first attends to what
             self.qkv.weight[C:2 * C] = self.qkv.weight[:C]  # looks like it: half the updates
@@ -64,21 +61,29 @@ class Attention(nn.Module):
         self.register_buffer("speed", speed if config.position == "rotary" else None, False)
 
     def forward(self, x, at, mask, past=None):
-        """x (B, T, C) -> (B, T, C), and the keys and values (B, H, S + T, D) of past and x.
-
-        at (T): where x stands; mask (T, S + T): what it sees; past: keys and values before it.
+        """x (B, T, C), which stands at (T) and sees what mask (T, S + T) says -> (B, T, C), and the
+        next step's past: keys and values (B * H, S, D), old ones as SharedMatrix or None, and new.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B * H, T, D) each
         if self.speed is not None:
             angle = at[:, None] * self.speed  # (T, D/2)
             q, k = rotate(q, angle), rotate(k, angle)
-        if past is not None:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v)))  # (B, H, S + T, D)
+        old, *recent = past or [None]
+        if recent:
+            k, v = (torch.cat(pair, dim=1) for pair in zip(recent, (k, v)))  # (B * H, S, D)
+        S = k.size(1)
         # softmax(q kᵀ / sqrt(D)) v; the fused attention of PyTorch has no second derivative
-        scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, S + T)
-        out = scores.masked_fill(~mask, -math.inf).softmax(-1) @ v  # (B, H, T, D)
-        return self.proj(out.transpose(1, 2).flatten(2)), (k, v)
+        scores = torch.cat([old[0].times(q), q @ k.mT], dim=2) if old else q @ k.mT
+        weights = (scores / math.sqrt(q.size(2))).masked_fill(~mask, -math.inf).softmax(2)
+        out = weights[..., -S:] @ v  # (B * H, T, D)
+        if old:
+            out = out + old[1].times(weights[..., :-S], back=True)
+        if len(at) == 1 and S == self.fold:  # to copy and differentiate all at each step is slow
+            seen = [torch.cat([o.matrix, m], dim=1) for o, m in zip(old, (k, v))] if old else (k, v)
+            old, k, v = [SharedMatrix(m, self.fold) for m in seen], k[:, :0], v[:, :0]
+        out = out.unflatten(0, (-1, self.n_head)).transpose(1, 2).flatten(2)  # (B, T, C)
+        return self.proj(out), (old, k, v)
 
 
 def rotate(x, angle):
@@ -172,17 +177,14 @@ class Transformer(nn.Module):
         super().__init__()
         C, self.config, self.n_out = config.d_model, config, task.n_out
         if C % config.n_head or (config.position == "rotary" and C // config.n_head % 2):
-            raise ValueError(f"--d-model {C}: must be a multiple of --n-head {config.n_head}, with "
-                             "--position rotary an even one")
+            raise ValueError(f"--d-model {C} over --n-head {config.n_head}: not whole, or odd")
         self.block_size = config.block_size or task.n_positions
         if config.position == "learned" and task.n_positions > self.block_size:
-            raise ValueError(f"--block-size {self.block_size} is less than the {task.n_positions} "
-                             "positions of an episode: make one larger or the other shorter")
+            raise ValueError(f"--block-size {self.block_size}: an episode has {task.n_positions}")
         self.plasticity = Plasticity(config.rule, task.n_out, config.eta0, config.max_norm,
                                      config.aux_dim, config.ablate)
         self.embed = Embed(task, config)
-        # as large as the tokens where their order is what is learned (copy), else small
-        scale = 1.0 if task.kind == "token" else 0.02
+        scale = 1.0 if task.kind == "token" else 0.02  # as loud as tokens, whose order is the task
         self.position = (nn.Parameter(scale * torch.randn(self.block_size, C))
                          if config.position == "learned" else None)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -199,7 +201,7 @@ class Transformer(nn.Module):
         fast = None if self.config.rule == "none" else make(self.plasticity, self.config.fold)
         z, past = self.read_context(context, fast, last_writes=queries is not None)
         if queries is not None:
-            z = self.answer_queries(queries, fast, past)
+            z = self.answer_queries(queries, fast, past, context.size(1))
         return z[..., :self.n_out], fast
 
     def read_context(self, x, fast, last_writes):
@@ -224,12 +226,11 @@ class Transformer(nn.Module):
                 zs.append(z if learning else z.detach())
         return torch.cat(zs, dim=1), past
 
-    def answer_queries(self, x, fast, past):
-        """x (B, Q, C) -> z (B, Q, Z): each query comes right after the context, as if alone."""
-        T, Q = past[0][0].size(2), x.size(1)
-        at = torch.full((Q,), T, device=x.device)
+    def answer_queries(self, x, fast, past, T):
+        """x (B, Q, C) -> z (B, Q, Z): each query comes alone, right after the T context steps."""
+        at = torch.full((x.size(1),), T, device=x.device)  # (Q)
         seen = visible(at, torch.arange(T, device=x.device), self.config.window)  # (Q, T)
-        itself = torch.eye(Q, dtype=torch.bool, device=x.device)
+        itself = torch.eye(len(at), dtype=torch.bool, device=x.device)
         x, mask = self.place(x, at), torch.cat([seen, itself], dim=1)  # (Q, T + Q)
         for block, kv in zip(self.blocks, past):
             x, _ = block(x, at, mask, kv, fast)

@@ -115,7 +115,7 @@ class Cue(SquaredError):
         B, T = batch_size, self.pairs
         cues = torch.rand(B, self.cues, generator=generator).argsort(dim=1)[:, :T]  # (B, T)
         reward = torch.rand(B, T, 1, generator=generator)
-        x = F.one_hot(cues, self.cues).float()  # (B, T, cues)
+        x = torch.eye(self.cues)[cues]  # (B, T, cues)
         query_x, order = shuffle(x, generator)
         return Episodes(x, reward, query_x, reward.gather(1, order[..., None]))
 
