@@ -98,8 +98,7 @@ def kept(path):
 
 def learning_curve(run):
     """Of each evaluation of a run the update, the validation score and the seconds."""
-    rows = kept(Path(run) / "metrics.jsonl")
-    return [(row["step"], row["val_metric"], row["seconds"]) for row in rows]
+    return [(r["step"], r["val_metric"], r["seconds"]) for r in kept(Path(run) / "metrics.jsonl")]
 
 
 def plot(rows, path):
@@ -114,11 +113,11 @@ def plot(rows, path):
     for color, rule in (("0.5", "none"), ("C0", "hebbian"), ("C1", "gradient")):
         group = [row for row in rows if row["rule"] == rule]
         lines = [learning_curve(row["run"]) for row in group]
-        steps = [step for step, _, _ in lines[0]] if lines else []
         for line in lines:
-            curves.plot(steps, [score for _, score, _ in line], color=color, linewidth=0.6)
+            steps, scores, _ = zip(*line)
+            curves.plot(steps, scores, color=color, linewidth=0.6)
         mean = [statistics.fmean(score for _, score, _ in at) for at in zip(*lines)]
-        curves.plot(steps, mean, color=color, linewidth=2)
+        curves.plot(steps[:len(mean)] if mean else [], mean, color=color, linewidth=2)
         if mean:  # the name of the rule, where its curve is half way up
             middle = (min(mean) + max(mean)) / 2
             at = min(range(len(mean)), key=lambda i: abs(mean[i] - middle))
@@ -151,11 +150,11 @@ def parse_args(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder that train.py wrote")
     parser.add_argument("--json", metavar="FILE", help="write all that is measured")
     parser.add_argument("--plot", metavar="FILE", help="draw it (needs matplotlib)")
-    parser.add_argument("--episodes", type=number(int, 1), default=600, help="default: 600")
-    parser.add_argument("--batch-size", type=number(int, 1), default=20, help="default: 20")
-    parser.add_argument("--seed", type=number(int, 0, 2**60), default=0, help="of the episodes")
+    parser.add_argument("--episodes", type=number(int, 1), default=600, help="how many (600)")
+    parser.add_argument("--batch-size", type=number(int, 1), default=20, help="at once (20)")
+    parser.add_argument("--seed", type=number(int, 0, 2**60), default=0, help="of the episodes (0)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument("--threads", type=number(int, 1), default=1, help="default: 1")
+    parser.add_argument("--threads", type=number(int, 1), default=1, help="of the CPU (1)")
     parser.add_argument("--data-dir", help="where the images are")
     for task, sizes in TASKS.items():
         add_flags(parser, f"episodes of {task}, if not as trained", sizes)
@@ -184,6 +183,8 @@ def main(argv=None):
             plot(rows, options.plot)
     except (ValueError, OSError) as error:
         fail(error)
+    except (LookupError, TypeError) as error:
+        fail(f"what is kept of a run is not what eval.py --json and train.py wrote: {error!r}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A GPT whose feed-forward layers are plastic, and the encoder that shows it images.
 
-Shapes: B episodes, T steps, S past steps, Q queries, C channels (d_model), H heads, D = C / H,
-Z outputs of the head.
+Shapes: B episodes, T steps, S past steps, Q queries, C channels, H heads, D = C / H, Z outputs.
 """
 import math
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ class Config:
                       "passes through the writes, as in the paper's own code"] = "none"
     fast_weights: Annotated[Literal["unrolled", "literal"], "P_t as a sum over past writes, or as "
                             "the equations say: the same numbers, slower"] = "unrolled"
-    fold: Annotated[int, "unrolled: writes until the sum becomes a matrix; for speed", 1] = 32
+    fold: Annotated[int, "writes until the sum becomes a matrix; only for speed", 1, 1000] = 32
 
 
 def visible(at, seen, window):
