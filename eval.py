@@ -1,10 +1,10 @@
 """Measure trained runs on fresh test episodes: score, lesion, and when the model writes.
 
     python eval.py out/copy-hebbian-s0                    # one run, in full
-    python eval.py out/copy-hebbian-s0 --delay 15         # how far does it carry?
+    python eval.py out/copy-hebbian-s0 --delay 15         # at another delay than trained
     python eval.py results/copy-*-w8-s? --plot FILE.png   # how they learned, and what they write
 
-All is measured on best.pt. Of runs kept without it, as in results/, --plot takes what --json wrote.
+All is measured on best.pt. Of runs kept without it, as in results/, --plot takes their eval.json.
 """
 import argparse
 import importlib.util
@@ -23,12 +23,12 @@ CHANCE = dict(copy=1 / 8, cue=1 / 12, regression=4.0, cifarfs=0.2, omniglot=0.2)
 
 def measure(run, options, changes, device):
     """All that is said of one run, as a dict that JSON can hold. ValueError where there is none."""
-    trained = load_run(Path(run) / "best.pt")[0]["args"]
+    trained = load_run(Path(run) / "best.pt", changes)[0]["args"]
     if "ways" in trained:
         changes = {"queries": 15, **changes}  # of each class, as in the literature
     for name in {*changes} - {*trained}:
         raise ValueError(f"--{name.replace('_', '-')} is no size of the task of {run}")
-    state, task, model = load_run(Path(run) / "best.pt", {**changes, "min_delay": None})
+    state, task, model = load_run(Path(run) / "best.pt", {"min_delay": None, **changes})
     sizes = {of.name: n for of in fields(task) if isinstance(n := getattr(task, of.name), int)}
     model.to(device)
 

@@ -78,7 +78,7 @@ class Attention(nn.Module):
         out = weights[..., -S:] @ v  # (B * H, T, D)
         if old:
             out = out + old[1].times(weights[..., :-S], back=True)
-        if len(at) == 1 and S == self.fold:  # to copy and differentiate all at each step is slow
+        if len(at) == 1 and S == self.fold:  # they are folded as fast weights are
             seen = [torch.cat([o.matrix, m], dim=1) for o, m in zip(old, (k, v))] if old else (k, v)
             old, k, v = [SharedMatrix(m, self.fold) for m in seen], k[:, :0], v[:, :0]
         out = out.unflatten(0, (-1, self.n_head)).transpose(1, 2).flatten(2)  # (B, T, C)
@@ -86,7 +86,7 @@ class Attention(nn.Module):
 
 
 def rotate(x, angle):
-    """Rotary positions (Su et al. 2021): pairs of channels of x (B, H, T, D) turn by (T, D/2)."""
+    """Rotary positions (Su et al. 2021): pairs of channels of x (B * H, T, D) turn by (T, D/2)."""
     (a, b), cos, sin = x.chunk(2, dim=-1), angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -137,7 +137,7 @@ class Embed(nn.Module):
 
     token    (B, T) integers: a learned vector each
     vector   (B, T, F) features: linear in [features, value or 0, 0 or 1 for a query]
-    image    (B, T, channels, size, size) uint8: linear in [Conv4 embedding, label or 0, 0 or 1]
+    image    (B, T, channels, size, size): linear in [normed Conv4, 4 * label or 0, 0 or 1]
     """
 
     def __init__(self, task, config):
@@ -161,7 +161,7 @@ class Embed(nn.Module):
         y = episodes.support_y  # (B, T, 1) values, or (B, T) labels
         if self.kind == "image":
             x = self.norm(self.encoder(x.flatten(0, 1))).unflatten(0, x.shape[:2])  # (B, T + Q, F)
-            y = 4 * F.one_hot(y, self.n_out)  # (B, T, ways), as loud as a layer-normed embedding
+            y = 4 * F.one_hot(y, self.n_out)  # (B, T, ways); 1 would drown beside the embedding
         y = F.pad(y.to(x.dtype), (0, 0, 0, x.size(1) - T))  # (B, T + Q, 1 or ways)
         flag = torch.zeros_like(y[..., :1])  # (B, T + Q, 1)
         flag[:, T:] = 1
@@ -183,7 +183,7 @@ class Transformer(nn.Module):
         self.plasticity = Plasticity(config.rule, task.n_out, config.eta0, config.max_norm,
                                      config.aux_dim, config.ablate)
         self.embed = Embed(task, config)
-        scale = 1.0 if task.kind == "token" else 0.02  # as loud as tokens, whose order is the task
+        scale = 1.0 if task.kind == "token" else 0.02  # in copying order is the task: be loud
         self.position = (nn.Parameter(scale * torch.randn(self.block_size, C))
                          if config.position == "learned" else None)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))

@@ -26,7 +26,7 @@ from torch import nn
 class PlasticLinear(nn.Linear):
     """Slow weights W (out, in), b (out) and the plasticity of each: alpha (out, in), beta (out).
 
-    These start at `alpha_init`; None: none is. With `outer`, alpha_ij = alpha_post_i * alpha_pre_j.
+    These start at `alpha_init`; None: no plasticity. outer: alpha_ij = alpha_post_i * alpha_pre_j.
     """
 
     def __init__(self, d_in, d_out, alpha_init=1.0, outer=False):
@@ -63,7 +63,7 @@ class Plasticity(nn.Module):
         self.eta0, self.max_norm = eta0, max_norm
         self.n_head = n_out + {"none": 0, "hebbian": 1, "gradient": 1 + aux_dim}[rule]  # Z
         if rule == "gradient":
-            self.w_out = nn.Parameter(torch.ones(self.n_head))  # (Z)
+            self.w_out = nn.Parameter(torch.ones(self.n_head), ablate != "backward")  # (Z)
 
     def post_signal(self, z, ys, learning=True):
         """u_t of each layer from z_t (B, 1, Z) and y_t of each, (B, 1, out)."""
@@ -139,7 +139,7 @@ class UnrolledFastWeights(FastWeights):
 
     def __init__(self, plasticity, fold=32):
         super().__init__(plasticity, fold)
-        self.decay, self.c = 1.0, None  # then (B, 1, 1), c_ts (B, S, 1) of the S writes since t0
+        self.decay, self.c = 1.0, None  # of P_t0 (B, 1, 1); c_ts (B, S, 1) of the S writes since
         self.pre, self.post = {}, {}  # layer: x_s (B, S, in) and u_s (B, S, out) of these
 
     def read(self, layer, x):
@@ -184,7 +184,7 @@ class UnrolledFastWeights(FastWeights):
         self.pre, self.post, self.decay = {}, {}, 1.0
 
 
-# ------ Fenced off: times(x) equals x @ M.mT. Only for episodes longer than --fold. ------
+# ------ Fenced off: times(x) equals x @ M.mT, fast where more than --fold steps were folded. ------
 class SharedMatrix:
     """A matrix M (B, out, in) that the next n steps multiply, one vector each: times(x) = x Mᵀ.
 

@@ -6,7 +6,7 @@ of the first, `describe(episodes)`, and says of itself
 
     kind          token, vector or image: how model.Embed reads it
     n_out         numbers in an answer
-    n_positions   steps of its context, and one more if there are queries: all stand right after it
+    n_positions   steps of its context, and one more if there are queries: all of them stand there
     item_steps    the steps that show what must be remembered, where there are others
 
 Its fields are the sizes of an episode. The splits differ in their random numbers, those of images
@@ -26,7 +26,7 @@ SPLITS = ("train", "val", "test")
 
 
 class Episodes(NamedTuple):
-    """B episodes: (x, y) pairs, then x of queries. In copy support_x is all there is."""
+    """B episodes: (x, y) pairs, then x of queries. In copy support_x is all that is shown."""
     support_x: torch.Tensor  # (B, T) tokens, (B, T, F) or (B, T, channels, size, size) uint8
     support_y: torch.Tensor  # (B, T, 1) values, or (B, T) labels of images; None in copy
     query_x: torch.Tensor  # (B, Q, F) or (B, Q, channels, size, size) uint8; None in copy
@@ -165,7 +165,7 @@ class FewShot(Classification):
                              f"{self.task} has {fewest} classes, of {n_images} images each")
         self.n_out, self.n_positions = self.ways, self.ways * self.shots + 1
 
-    def n_classes(self, split):  # in Omniglot the quarter-turns of a training character are others
+    def n_classes(self, split):  # in Omniglot quarter-turns are training classes of their own
         turns = 4 if self.task == "omniglot" and split == "train" else 1
         return turns * len(self.class_ids[split])
 

@@ -35,9 +35,9 @@ BY_TASK = {"copy": dict(steps=500, lr=4e-3), "cue": dict(steps=1000, lr=3e-3),
            "regression": dict(steps=2500, lr=4e-3, n_layer=4, queries=50),
            "cifarfs": dict(IMAGES, steps=800, pretrain_steps=2400),
            "omniglot": dict(IMAGES, steps=1500, pretrain_steps=2000)}
-# By rule: max_norm keeps the Hebbian eta_t near 0.0002 whatever eta_0 is, as its ||D_t|| is large.
-# The gradient rule's eta_t comes near eta_0, and a write forgets that share of all before it: with
-# 0.2 nothing lasts for 80 blanks. A tenth of it and ten times the alpha weigh the same, and last.
+# By rule: max_norm keeps the Hebbian eta_t far below eta_0, as its ||D_t|| is large. The gradient
+# rule's eta_t can come near eta_0, and a write forgets that share of all before it: with 0.2 and an
+# alpha of 1 or 3 nothing lasts for 80 blanks; 0.02 and 20 write as much, and last.
 BY_RULE = {"none": dict(alpha_init=1.0), "hebbian": dict(eta0=0.2, alpha_init=8.0),
            "gradient": dict(eta0=0.02, alpha_init=20.0)}
 LR_WARMUP, CLIP, WEIGHT_DECAY = 50, 1.0, 0.01  # updates; gradient norm; of AdamW
@@ -49,7 +49,7 @@ class Training:
     task: Annotated[Literal[tuple(TASKS)], "what to learn"] = "copy"
     steps: Annotated[int, "updates", 1] = None
     batch_size: Annotated[int, "episodes an update", 1] = 32
-    lr: Annotated[float, "peak of the learning rate", 1e-12, 1] = None
+    lr: Annotated[float, "learning rate, before warm-up and cosine", 1e-12, 1] = None
     pretrain_steps: Annotated[int, "updates of the image encoder before, as a classifier", 0] = 0
     seed: Annotated[int, "everything random follows from it", 0, 2**60] = 0
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
@@ -69,7 +69,7 @@ def defaults(task, rule):
 
 
 def add_flags(parser, title, settings):
-    """A group of flags: one for each annotated field that has none; None where it is not given."""
+    """A flag for each annotated field, None where it is not given; the last of a name replaces."""
     group = parser.add_argument_group(title)
     for name, hint in get_type_hints(settings, include_extras=True).items():
         flag = "--" + name.replace("_", "-")
@@ -110,7 +110,7 @@ def parse_args(argv=None):
     settings = defaults(given.get("task", "copy"), given.get("rule", "hebbian"))
     given.setdefault("out_dir", "out/{task}-{rule}-s{seed}".format(**{**settings, **given}))
     if given["resume"]:
-        settings = load_run(f"{given['out_dir']}/ckpt.pt")[0]["args"]
+        settings = load_run(f"{given['out_dir']}/ckpt.pt", given)[0]["args"]
     for name in {*given} - {*settings, "resume", "overwrite"}:
         raise ValueError(f"--{name.replace('_', '-')} is no size of --task {settings['task']}")
     args = argparse.Namespace(**{**settings, **given})
@@ -121,7 +121,7 @@ def parse_args(argv=None):
 
 
 def learning_rate(step, steps):
-    """The schedule, as a share of the peak: linear warm-up, then a cosine down to 5%."""
+    """The schedule, as a share of --lr: a linear warm-up times a cosine that falls to 5%."""
     return min(step / LR_WARMUP, 1) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
@@ -249,7 +249,7 @@ def main(argv=None):
         else:
             task = make_task(vars(args))
             model = Transformer(task, args)
-        args.block_size = model.block_size  # eval.py may ask for longer episodes than these
+        args.block_size = model.block_size  # as many positions for other episodes, too
         if world > 1:
             torch.distributed.barrier()  # nobody writes before all have looked
         path.parent.mkdir(parents=True, exist_ok=True)
