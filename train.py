@@ -1,6 +1,6 @@
 """Train a plastic Transformer on any task with any rule.
 
-    python train.py --task copy --rule hebbian                     # two to three minutes
+    python train.py --task copy --rule hebbian                     # 1.5 to 3 minutes
     python train.py --task copy --rule gradient --window 8         # attention is too short to copy
     python train.py --task omniglot --rule hebbian                 # downloads Omniglot, once
     python train.py --resume --out-dir out/copy-hebbian-s0         # go on with a run that stopped
