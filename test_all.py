@@ -709,11 +709,11 @@ def test_bad_arguments():
     """Nothing is written. A run is not replaced unasked, nor resumed with flags it does not fit."""
     folder, run = new_folder(), new_folder()
     out, argv = folder / "out", f"{TINY_COPY} --rule none --steps 2 --out-dir {run}"
-    wrong = [(argv, argv.split()[0]) for argv in re.split(r"; |\n +", WRONG)]
-    wrong += [("--device cuda",) * 2] * (not torch.cuda.is_available()) + [("--resume", "ckpt.pt")]
-    for flags, reason in wrong:
+    wrong = [(argv, argv.split()[:2]) for argv in re.split(r"; |\n +", WRONG)]  # flag and value
+    wrong += [("--device cuda", ["cuda"])] * (not torch.cuda.is_available())
+    for flags, reasons in (*wrong, ("--resume", ["ckpt.pt"])):
         line = call(train, f"{flags} --out-dir {out} --data-dir {fake_packs()}", 2)
-        assert reason in line and not out.exists(), f"{flags}: {line}"
+        assert all(of in line for of in reasons) and not out.exists(), f"{flags}: {line}"
     out.write_text("a file")
     for script, flags in ((train, f"--steps 1 --out-dir {out}"), (evaluation, str(out))):
         assert str(out) in call(script, flags, 2) and out.read_text() == "a file"

@@ -7,8 +7,7 @@
     torchrun --standalone --nproc_per_node=2 train.py --task copy  # two processes share each batch
     python eval.py out/copy-hebbian-s0                             # what the model does, and how
 
-Into --out-dir go metrics.jsonl (a line an evaluation), ckpt.pt (for --resume) and best.pt (the best
-model on validation episodes).
+Into --out-dir go metrics.jsonl (a line an evaluation), ckpt.pt (for --resume), best.pt (the best).
 """
 import argparse
 import ctypes
@@ -112,11 +111,12 @@ def parse_args(argv=None):
     if given["resume"]:
         settings = load_run(f"{given['out_dir']}/ckpt.pt", given)[0]["args"]
     for name in {*given} - {*settings, "resume", "overwrite"}:
-        raise ValueError(f"--{name.replace('_', '-')} is no size of --task {settings['task']}")
+        flag = f"--{name.replace('_', '-')} {given[name]}"
+        raise ValueError(f"{flag}: this is no size of --task {settings['task']}")
     args = argparse.Namespace(**{**settings, **given})
     args.eval_interval = args.eval_interval or max(1, args.steps // 10)
     if args.pretrain_steps and "ways" not in settings:
-        raise ValueError(f"--pretrain-steps: --task {args.task} has no image encoder")
+        raise ValueError(f"--pretrain-steps {args.pretrain_steps}: {args.task} has no encoder")
     return args
 
 
