@@ -62,8 +62,7 @@ class Training:
 
 def defaults(task, rule):
     """All settings of a run of this task and rule that is told nothing else."""
-    classes = (TASKS[task], Config, Training)
-    settings = {field.name: field.default for of in classes for field in fields(of)}
+    settings = {f.name: f.default for of in (TASKS[task], Config, Training) for f in fields(of)}
     return {**settings, **BY_TASK[task], **BY_RULE[rule], "task": task, "rule": rule}
 
 
@@ -111,8 +110,7 @@ def parse_args(argv=None):
     if given["resume"]:
         settings = load_run(f"{given['out_dir']}/ckpt.pt", given)[0]["args"]
     for name in {*given} - {*settings, "resume", "overwrite"}:
-        flag = f"--{name.replace('_', '-')} {given[name]}"
-        raise ValueError(f"{flag}: this is no size of --task {settings['task']}")
+        raise ValueError(f"--{name.replace('_', '-')} {given[name]}: no size of {settings['task']}")
     args = argparse.Namespace(**{**settings, **given})
     args.eval_interval = args.eval_interval or max(1, args.steps // 10)
     if args.pretrain_steps and "ways" not in settings:
@@ -135,7 +133,7 @@ def update(model, task, optimizer, episodes):
     if not (loss.isfinite() and norm.isfinite()):
         raise FloatingPointError(f"loss {loss.item()}: try a lower --lr, --eta0 or --alpha-init")
     optimizer.step()
-    return loss.item()
+    return loss.detach()
 
 
 @torch.no_grad()
@@ -197,17 +195,19 @@ def train(args, task, model, device, state=None, rank=0, world=1):
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate(step, args.steps)
         episodes = task.sample("train", args.batch_size, generator).to(device, rank, world)
         loss = update(shared, task, optimizer, episodes)
+        if world > 1:  # each has the loss of its share
+            torch.distributed.all_reduce(loss)
+            loss /= world
         if rank:
             continue
 
         run.update(step=step, seconds=time.time() - began)
-        run["losses"].append(loss)
+        run["losses"].append(loss.item())
         if time.time() - said >= 5:
             said, left = time.time(), run["seconds"] / step * (args.steps - step)
             print(f"step {step}/{args.steps}  loss {loss:.4f}  {left:.0f} s left", flush=True)
 
-        if step % args.eval_interval == 0 or step == args.steps:
-            # the same validation episodes each time: the best is the best on equal terms
+        if step % args.eval_interval == 0 or step == args.steps:  # on the same episodes each time
             result = evaluate(model, task, "val", args.eval_batches * args.batch_size,
                               args.batch_size, random_generator(args.seed, "val"), device)
             log(run, result, task.metric, out_dir)
