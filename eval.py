@@ -2,9 +2,10 @@
 
     python eval.py out/copy-hebbian-s0                    # one run, in full
     python eval.py out/copy-hebbian-s0 --delay 15         # at another delay than trained
+    python eval.py results/copy-*-w8-s?                   # of several runs a line each
     python eval.py results/copy-*-w8-s? --plot FILE.png   # how they learned, and what they write
 
-All is measured on best.pt. Of runs kept without it, as in results/, --plot takes their eval.json.
+All is measured on best.pt. Runs kept without it, as in results/, have it in their eval.json.
 """
 import argparse
 import importlib.util
@@ -15,11 +16,8 @@ import statistics
 from dataclasses import fields
 from pathlib import Path
 
-from tasks import TASKS, random_generator
-from train import add_flags, evaluate, fail, load_run, number, prepare, save
-
-CHANCE = dict(copy=1 / 8, cue=1 / 12, regression=4.0, cifarfs=0.2, omniglot=0.2)  # by default
-
+from tasks import TASKS, random_generator, show
+from train import add_flags, evaluate, fail, load_run, number, one_line, prepare, save
 
 def measure(run, options, changes, device):
     """All that is said of one run, as a dict that JSON can hold. ValueError where there is none."""
@@ -30,6 +28,7 @@ def measure(run, options, changes, device):
         raise ValueError(f"--{name.replace('_', '-')} is no size of the task of {run}")
     state, task, model = load_run(Path(run) / "best.pt", {"min_delay": None, **changes})
     sizes = {of.name: n for of in fields(task) if isinstance(n := getattr(task, of.name), int)}
+    print(f"measuring {run} on {options.episodes} episodes", flush=True)
     model.to(device)
 
     def test():  # the same episodes each time
@@ -39,53 +38,59 @@ def measure(run, options, changes, device):
     result = test()
     row = dict(run=str(run), task=trained["task"], rule=trained["rule"], seed=trained["seed"],
                args=trained, sizes=sizes, step=state["step"], metric=task.metric,
-               episodes=options.episodes, loss=result["loss"], score=result["score"],
-               interval=interval(result["scores"]), gates=result["gates"])
+               chance=task.chance, episodes=options.episodes, loss=result["loss"],
+               score=result["score"], interval=interval(result["scores"]), gates=result["gates"],
+               steps=task.step_names, answers=[*show(model, task, "test", device)])
     if row["gates"]:
         # the lesion: the same model on the same episodes, but nothing is ever written
         model.plasticity.eta0 = 0.0
         lesioned = test()
-        row.update(lesion=lesioned["score"], lesion_interval=interval(lesioned["scores"]))
-        first = task.sample("test", 1, random_generator(options.seed, "test"))
-        row.update(tokens=task.describe(first), **gate_figures(row["gates"], task, trained["eta0"]))
+        row.update(lesion=lesioned["score"], lesion_interval=interval(lesioned["scores"]),
+                   **gate_figures(row["gates"], task.step_names, trained["eta0"]))
     return row
-
 
 def interval(scores):
     """Half the 95% confidence interval of the mean of scores (n,): 1.96 standard errors."""
     return 1.96 * scores.std().item() / math.sqrt(len(scores)) if len(scores) > 1 else math.inf
 
-
-def gate_figures(gates, task, eta0):
+def gate_figures(gates, steps, eta0):
     # eta_t and eta_t * ||D_t||, means over the steps
     figures = dict(eta=statistics.fmean(gates["eta"]), write_norm=statistics.fmean(gates["write"]))
     figures["persistence"] = figures["eta"] / eta0 if eta0 else None  # the share of eta_0 used
-    if task.item_steps:
-        items = [w for t, w in enumerate(gates["write"]) if t in task.item_steps]
-        others = [w for t, w in enumerate(gates["write"]) if t not in task.item_steps]
+    if "item" in steps:
+        items = [w for step, w in zip(steps, gates["write"]) if step == "item"]
+        others = [w for step, w in zip(steps, gates["write"]) if step != "item"]
         # selectivity: the mean write at the steps that show an item over that at the others
         figures["selectivity"] = statistics.fmean(items) / max(statistics.fmean(others), 1e-12)
     return figures
 
-
 def report(row):
-    """One run as lines of text: its figures, then a bar for each step's write."""
+    """One run as lines of text: its figures, some answers, then a bar for each step's write."""
     yield (f"{row['run']}: {row['task']}, rule {row['rule']}, window {row['args']['window']}, "
            f"seed {row['seed']}, " + ", ".join(f"{k} {v}" for k, v in row["sizes"].items())
            + f", best at step {row['step']}")
     yield (f"  test {row['metric']:13} {row['score']:.5f} ± {row['interval']:.5f}   "
-           f"(95% interval, {row['episodes']} episodes)")
-    if not row["gates"]:
-        return
-    yield f"  lesioned (eta = 0) {row['lesion']:.5f} ± {row['lesion_interval']:.5f}"
-    yield "  " + "   ".join(f"{name.replace('_', ' ')} {row[name]:.5f}" for name in (
-        "eta", "write_norm", "persistence", "selectivity") if row.get(name) is not None)
-    yield f"  {'step':>4}  {'one episode':<14} {'eta':>8} {'||D||':>9} {'write':>8}  (means)"
-    gates, most = row["gates"], max(max(row["gates"]["write"]), 1e-12)
-    for t, (eta, norm, written) in enumerate(zip(gates["eta"], gates["d_norm"], gates["write"])):
-        bar = "#" * round(40 * written / most)
-        yield f"  {t:4}  {row['tokens'][t]:<14} {eta:8.5f} {norm:9.3f} {written:8.5f} {bar}"
+           f"(95% interval, {row['episodes']} episodes; guessing {row.get('chance', '?'):.5})")
+    gates = row["gates"]
+    if gates:
+        yield f"  lesioned (eta = 0) {row['lesion']:.5f} ± {row['lesion_interval']:.5f}"
+        yield "  " + "   ".join(f"{name.replace('_', ' ')} {row[name]:.5f}" for name in (
+            "eta", "write_norm", "persistence", "selectivity") if row.get(name) is not None)
+    yield from row.get("answers", ())
+    if gates:
+        yield f"  {'step':14} {'eta':>8} {'||D||':>9} {'write':>8}   (means of all episodes)"
+        names, most = row.get("steps", [""] * len(gates["eta"])), max(*gates["write"], 1e-12)
+        for t, figures in enumerate(zip(gates["eta"], gates["d_norm"], gates["write"])):
+            bar = "#" * round(40 * gates["write"][t] / most)
+            yield "  {:4} {:9} {:8.5f} {:9.3f} {:8.5f} ".format(t, names[t], *figures) + bar
 
+def overview(rows):
+    """Of several runs a line each."""
+    names = ("score", "interval", "lesion", "eta", "write_norm", "selectivity")
+    yield f"{'run':32} " + " ".join(f"{name:>10}" for name in names)
+    for row in rows:
+        figures = ["-" if row.get(of) is None else f"{row[of]:.5f}" for of in names]
+        yield f"{row['run'][-32:]:32} " + " ".join(f"{figure:>10}" for figure in figures)
 
 def kept(path):
     """The list that --json wrote (.json) or train.py logged (.jsonl). ValueError."""
@@ -95,11 +100,9 @@ def kept(path):
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): name a run of train.py") from error
 
-
 def learning_curve(run):
     """Of each evaluation of a run the update, the validation score and the seconds."""
     return [(r["step"], r["val_metric"], r["seconds"]) for r in kept(Path(run) / "metrics.jsonl")]
-
 
 def plot(rows, path):
     """Left the validation score by update, a thin line a run and a bold one their mean; right what
@@ -125,7 +128,7 @@ def plot(rows, path):
         if group and group[0]["gates"]:
             writes = [statistics.fmean(at) for at in zip(*(row["gates"]["write"] for row in group))]
             shares[rule] = [write / max(writes) for write in writes]
-    curves.axhline(CHANCE[task], color="0.5", linestyle="dashed", linewidth=1)
+    curves.axhline(rows[0]["chance"], color="0.5", linestyle="dashed", linewidth=1)
     curves.set(xlabel="update", ylabel=f"validation {metric}",
                yscale="log" if metric == "mse" else "linear")
     if shares:
@@ -141,13 +144,13 @@ def plot(rows, path):
     figure.savefig(picture, dpi=120, format=Path(path).suffix[1:] or "png")
     save(path, picture.getvalue())
 
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, usage="python eval.py RUN... [flags]", allow_abbrev=False,
         conflict_handler="resolve", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder that train.py wrote")
+    parser.add_argument("--gates", action="store_true", help="of several runs all, in full")
     parser.add_argument("--json", metavar="FILE", help="write all that is measured")
     parser.add_argument("--plot", metavar="FILE", help="draw it (needs matplotlib)")
     parser.add_argument("--episodes", type=number(int, 1), default=600, help="how many (600)")
@@ -156,36 +159,39 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--threads", type=number(int, 1), default=1, help="of the CPU (1)")
     parser.add_argument("--data-dir", help="where the images are")
-    for task, sizes in TASKS.items():
+    for task, (sizes, _) in TASKS.items():
         add_flags(parser, f"episodes of {task}, if not as trained", sizes)
     options = parser.parse_args(argv)
     if options.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs matplotlib: pip install matplotlib")
-    names = ["data_dir", *(field.name for task in TASKS.values() for field in fields(task))]
-    return options, {name: value for name, value in vars(options).items()
-                     if name in names and value is not None}
-
+    names = ["data_dir", *(field.name for task, _ in TASKS.values() for field in fields(task))]
+    return options, {k: v for k, v in vars(options).items() if k in names and v is not None}
 
 def main(argv=None):
-    options, changes = parse_args(argv)
-    try:
+    with one_line():
+        options, changes = parse_args(argv)
         device, _, _ = prepare(options)
-        rows = []
-        for run in options.runs:
-            if options.plot and not (Path(run) / "best.pt").exists():
-                rows.append({**kept(Path(run) / "eval.json")[0], "run": run})
-                continue
-            rows.append(measure(run, options, changes, device))
-            print("\n".join(report(rows[-1])), flush=True)
-        if options.json:
-            save(options.json, (json.dumps(rows, indent=1) + "\n").encode())
-        if options.plot:
-            plot(rows, options.plot)
-    except (ValueError, OSError) as error:
-        fail(error)
-    except (LookupError, TypeError) as error:
-        fail(f"what is kept of a run is not what eval.py --json and train.py wrote: {error!r}")
+        try:
+            evaluate_runs(options, changes, device)
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"what is kept of a run is not what we wrote: {error!r}") from error
 
+def evaluate_runs(options, changes, device):
+    rows, in_full = [], len(options.runs) == 1 or options.gates
+    for run in options.runs:
+        best, file = Path(run) / "best.pt", Path(run) / "eval.json"
+        if best.exists() or changes or not file.exists():
+            rows.append(measure(run, options, changes, device))
+        else:
+            rows.append({**kept(file)[0], "run": run})
+        if in_full:
+            print("\n".join(report(rows[-1])), flush=True)
+    if not in_full:
+        print("\n".join(overview(rows)))
+    if options.json:
+        save(options.json, (json.dumps(rows, indent=1) + "\n").encode())
+    if options.plot:
+        plot(rows, options.plot)
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from plasticity import FastWeights, PlasticLinear, Plasticity, SharedMatrix, UnrolledFastWeights
 
-
 @dataclass
 class Config:
     """The settings of a model: type, meaning, limits, default. train.py makes its flags of them."""
@@ -27,8 +26,8 @@ class Config:
     rule: Annotated[Literal["none", "hebbian", "gradient"], "none: a plain GPT"] = "hebbian"
     alpha: Annotated[Literal["full", "outer"], "a plasticity for each connection, or (faster) the "
                      "product of one for each input and one for each output"] = "full"
-    alpha_init: Annotated[float, "where alpha and beta start", 0, 1000] = 8.0
-    eta0: Annotated[float, "eta_0, the largest rate of a write", 0, 1] = 0.2
+    alpha_init: Annotated[float, "where alpha and beta start", 0, 1000] = 80.0
+    eta0: Annotated[float, "eta_0, the largest rate of a write", 0, 1] = 0.02
     max_norm: Annotated[float, "a write with a larger ||D_t|| is scaled down to it", 1e-9] = 1.0
     aux_dim: Annotated[int, "auxiliary outputs of the head, with the gradient rule", 0] = 4
     ablate: Annotated[Literal["none", "eta", "alpha", "backward"], "eta: sigmoid(m_t) is 1; alpha: "
@@ -38,12 +37,10 @@ class Config:
                             "the equations say: the same numbers, slower"] = "unrolled"
     fold: Annotated[int, "writes until the sum becomes a matrix; only for speed", 1, 1000] = 32
 
-
 def visible(at, seen, window):
     """Which of the steps `seen` (S) the steps `at` (T) may attend to -> (T, S), True or False."""
     age = at[:, None] - seen  # (T, S): how many steps ago
     return (age >= 0) & (age < (window or math.inf))
-
 
 class Attention(nn.Module):
     """Multi-head attention of some steps to those before them and among themselves."""
@@ -84,12 +81,10 @@ class Attention(nn.Module):
         out = out.unflatten(0, (-1, self.n_head)).transpose(1, 2).flatten(2)  # (B, T, C)
         return self.proj(out), (old, k, v)
 
-
 def rotate(x, angle):
     """Rotary positions (Su et al. 2021): pairs of channels of x (B * H, T, D) turn by (T, D/2)."""
     (a, b), cos, sin = x.chunk(2, dim=-1), angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -113,7 +108,6 @@ class Block(nn.Module):
     def feed_forward(self, x, fast=None):
         return x + self.down(F.gelu(self.up(self.norm2(x), fast)), fast)
 
-
 class Conv4(nn.Module):
     """The few-shot encoder of the literature, images (N, channels, size, size) -> (N, d_out)."""
 
@@ -131,7 +125,6 @@ class Conv4(nn.Module):
         x = images.to(self.layers[0].weight.dtype) / 127.5 - 1  # 0..255 -> -1..1
         return self.layers(x.contiguous(memory_format=torch.channels_last)).flatten(1)
 
-
 class Embed(nn.Module):
     """What a task shows, as tokens (B, T, C). The task's `kind` says how:
 
@@ -145,8 +138,12 @@ class Embed(nn.Module):
         self.kind, self.n_out = task.kind, task.n_out
         if self.kind == "token":
             self.token = nn.Embedding(task.vocab_size, config.d_model)
+            # a blank says nothing: else 20 alike are written one upon the other, and drown the rest
+            nn.init.zeros_(self.token.weight[0])
         elif self.kind == "vector":
             self.linear = nn.Linear(task.n_features + 2, config.d_model)
+            # LayerNorm keeps directions: only beside a constant it shows how large something is
+            self.linear.bias.data *= task.constant
         else:
             self.encoder = Conv4(*task.image_shape, config.filters)
             self.norm = nn.LayerNorm(self.encoder.d_out)
@@ -168,7 +165,6 @@ class Embed(nn.Module):
         tokens = self.linear(torch.cat([x, y, flag], dim=-1))  # (B, T + Q, C)
         return tokens[:, :T], tokens[:, T:]
 
-
 class Transformer(nn.Module):
     """The plastic Transformer for a task, by a Config. ValueError where their sizes do not fit."""
 
@@ -177,9 +173,12 @@ class Transformer(nn.Module):
         C, self.config, self.n_out = config.d_model, config, task.n_out
         if C % config.n_head or (config.position == "rotary" and C // config.n_head % 2):
             raise ValueError(f"--d-model {C} over --n-head {config.n_head}: not whole, or odd")
-        self.block_size = config.block_size or task.n_positions
-        if config.position == "learned" and task.n_positions > self.block_size:
-            raise ValueError(f"--block-size {self.block_size}: an episode has {task.n_positions}")
+        n_positions = len(task.step_names) + (task.kind != "token")  # all queries stand at one
+        self.block_size = config.block_size or n_positions
+        if config.position == "learned" and n_positions > self.block_size:
+            raise ValueError(
+                f"an episode has {n_positions} steps and this run {self.block_size} positions: ask "
+                "for a shorter one, or train with a larger --block-size or --position rotary")
         self.plasticity = Plasticity(config.rule, task.n_out, config.eta0, config.max_norm,
                                      config.aux_dim, config.ablate)
         self.embed = Embed(task, config)

@@ -22,7 +22,6 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-
 class PlasticLinear(nn.Linear):
     """Slow weights W (out, in), b (out) and the plasticity of each: alpha (out, in), beta (out).
 
@@ -49,7 +48,6 @@ class PlasticLinear(nn.Linear):
         """x (B, T, in) -> y (B, T, out). Without `fast`, P_t and p_t are zero."""
         return super().forward(x) if fast is None else fast.read(self, x)
 
-
 class Plasticity(nn.Module):
     """What makes a rule: the signal u_t that it writes, and eta_t, how much of it.
 
@@ -57,16 +55,17 @@ class Plasticity(nn.Module):
     for the gradient rule, `aux_dim` auxiliary numbers. For the settings see model.Config.
     """
 
-    def __init__(self, rule, n_out, eta0=0.2, max_norm=1.0, aux_dim=4, ablate="none"):
+    def __init__(self, rule, n_out, eta0=0.02, max_norm=1.0, aux_dim=4, ablate="none"):
         super().__init__()
         self.rule, self.n_out, self.ablate = rule, n_out, ablate
         self.eta0, self.max_norm = eta0, max_norm
-        self.n_head = n_out + {"none": 0, "hebbian": 1, "gradient": 1 + aux_dim}[rule]  # Z
+        self.n_head = n_out + (rule != "none") + aux_dim * (rule == "gradient")  # Z
         if rule == "gradient":
             self.w_out = nn.Parameter(torch.ones(self.n_head), ablate != "backward")  # (Z)
 
-    def post_signal(self, z, ys, learning=True):
-        """u_t of each layer from z_t (B, 1, Z) and y_t of each, (B, 1, out)."""
+    def post_signal(self, z, now, learning=True):
+        """u_t (B, 1, out) of each layer, from z_t (B, 1, Z) and now, {layer: (x_t, y_t)}."""
+        ys = [y for x, y in now.values()]
         if self.rule == "hebbian":
             return ys  # u_t = y_t
         if self.rule == "gradient":
@@ -81,7 +80,6 @@ class Plasticity(nn.Module):
         gate = torch.ones_like(m) if self.ablate == "eta" else torch.sigmoid(m)
         # eta_t = eta_0 * sigmoid(m_t) * min(1, max_norm / ||D_t||)
         return self.eta0 * gate * (self.max_norm / norm).clamp(max=1)
-
 
 class FastWeights:
     """The fast weights of every plastic layer over a batch of B episodes, as the equations say.
@@ -107,8 +105,8 @@ class FastWeights:
 
     def write(self, z):
         """End the present step, whose head said z_t (B, 1, Z)."""
-        pre, ys = zip(*self.now.values())  # x_t and y_t of each layer
-        post = self.plasticity.post_signal(z, ys, self.learning)  # u_t of each layer
+        pre = [x for x, y in self.now.values()]  # x_t of each layer
+        post = self.plasticity.post_signal(z, self.now, self.learning)  # u_t of each layer
         # ||D_t||² = sum over the layers of ||u_t x_tᵀ||_F², and ||u xᵀ||_F = |u| |x|
         norms = [u.norm(dim=-1) * x.norm(dim=-1) for x, u in zip(pre, post)]  # (B, 1) each
         norm = torch.stack(norms, -1).norm(dim=-1, keepdim=True).clamp(min=1e-15)  # (B, 1, 1)
@@ -125,7 +123,6 @@ class FastWeights:
             self.P[layer] = (1 - eta) * self.P[layer] + eta * layer.alpha * (u.mT @ x)
             # p_{t+1} = (1 - eta_t) p_t + eta_t * beta ∘ u_t
             self.p[layer] = (1 - eta) * self.p[layer] + eta * layer.beta * u
-
 
 # ------ You know the idea and can stop here. What follows gives the same numbers, faster. ------
 class UnrolledFastWeights(FastWeights):
@@ -183,7 +180,6 @@ class UnrolledFastWeights(FastWeights):
             self.P[layer] = SharedMatrix(P, self.fold)
         self.pre, self.post, self.decay = {}, {}, 1.0
 
-
 # ------ Fenced off: times(x) equals x @ M.mT, fast where more than --fold steps were folded. ------
 class SharedMatrix:
     """A matrix M (B, out, in) that the next n steps multiply, one vector each: times(x) = x Mᵀ.
@@ -208,7 +204,6 @@ class SharedMatrix:
         self.vectors[back].append(x.detach())
         return SharedProduct.apply(x, slot, self, back)
 
-
 class SharedProduct(torch.autograd.Function):
     """One product of a SharedMatrix; the gradient for M goes to the slot."""
 
@@ -220,7 +215,6 @@ class SharedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return ctx.shared.times(dy, not ctx.back), dy, None, None
-
 
 class SharedSlots(torch.autograd.Function):
     """M (B, out, in) -> n slots (B, 1, out) for x Mᵀ, then n slots (B, 1, in) for dy M."""

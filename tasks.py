@@ -1,18 +1,16 @@
-"""The five tasks, each a source of batches of episodes.
+"""The five tasks of arXiv 2510.21908, each a source of batches of episodes.
 
 A task draws B episodes of a split by `sample(split, batch_size, generator)`, has a `loss(out,
-target)` to train on, a `score(out, target)` of each episode to report, words for the context steps
-of the first, `describe(episodes)`, and says of itself
+target)` to train on, a `score(out, target)` of each episode, and `describe(x, y)`: a word for each
+of N steps with inputs x and values, labels or answers y. It says of itself
 
-    kind          token, vector or image: how model.Embed reads it
-    n_out         numbers in an answer
-    n_positions   steps of its context, and one more if there are queries: all of them stand there
-    item_steps    the steps that show what must be remembered, where there are others
+    kind         token, vector or image: how model.Embed reads it
+    n_out        numbers in an answer
+    step_names   what each step of its context is; "item" is what must be remembered
+    chance       the score of guessing
 
-Its fields are the sizes of an episode. The splits differ in their random numbers, those of images
-in their classes. Source: arXiv 2510.21908.
+Its fields are the sizes of an episode. Splits differ in random numbers, with images in classes.
 """
-import math
 import os
 import tempfile
 from dataclasses import dataclass, fields
@@ -24,7 +22,6 @@ from torch.nn import functional as F
 
 SPLITS = ("train", "val", "test")
 
-
 class Episodes(NamedTuple):
     """B episodes: (x, y) pairs, then x of queries. In copy support_x is all that is shown."""
     support_x: torch.Tensor  # (B, T) tokens, (B, T, F) or (B, T, channels, size, size) uint8
@@ -35,21 +32,18 @@ class Episodes(NamedTuple):
     def to(self, device, rank=0, world=1):  # of `world` processes, the share of this one
         return Episodes(*(None if t is None else t[rank::world].to(device) for t in self))
 
-
 def random_generator(seed, split):
     """A generator for each seed and split: training never draws a test episode's numbers."""
     return torch.Generator().manual_seed(len(SPLITS) * seed + SPLITS.index(split))
-
 
 def shuffle(x, generator):
     """x (B, N, ...) -> x with each row's N in a random order of its own, and that order (B, N)."""
     order = torch.rand(x.shape[:2], generator=generator).argsort(dim=1)  # (B, N)
     return x[torch.arange(len(x))[:, None], order], order
 
-
 class Classification:
     """Cross entropy and accuracy of the last L answers: out (B, >= L, n_out), target (B, L)."""
-    metric, higher_is_better = "accuracy", True
+    metric, perfect = "accuracy", 1.0
 
     def loss(self, out, target):
         return F.cross_entropy(out[:, -target.size(1):].flatten(0, 1), target.flatten())
@@ -57,11 +51,12 @@ class Classification:
     def score(self, out, target):  # (B,), on the CPU, as MPS has no double precision
         return (out[:, -target.size(1):].argmax(-1) == target).cpu().double().mean(1)
 
+    def describe(self, x, y):
+        return [str(of) for of in (x if y is None else y).tolist()]  # tokens shown; labels
 
 class SquaredError:
     """Mean squared error of the answers: out (B, Q, 1), target (B, Q, 1)."""
-    metric, higher_is_better = "mse", False
-    kind, n_out, item_steps = "vector", 1, None
+    metric, perfect, kind, n_out, constant = "mse", 0.0, "vector", 1, 1.0
 
     def loss(self, out, target):
         return F.mse_loss(out, target)
@@ -69,6 +64,8 @@ class SquaredError:
     def score(self, out, target):  # (B,)
         return (out - target).cpu().double().square().mean((1, 2))
 
+    def describe(self, x, y):
+        return [f"{value:+.2f}" for value in y[:, 0].tolist()]
 
 @dataclass
 class Copy(Classification):
@@ -82,8 +79,8 @@ class Copy(Classification):
     def __post_init__(self):
         if self.min_delay is not None and self.min_delay > self.delay:
             raise ValueError(f"--min-delay {self.min_delay} is more than --delay {self.delay}")
-        self.n_out, self.n_positions = self.vocab_size, 2 * self.seq_len + self.delay + 1
-        self.item_steps = range(self.seq_len)
+        n, self.n_out, self.chance = self.seq_len, self.vocab_size, 1 / (self.vocab_size - 2)
+        self.step_names = ["item"] * n + ["blank"] * self.delay + ["delimiter"] + ["recall"] * n
 
     def sample(self, split, batch_size, generator):
         B, L, delay = batch_size, self.seq_len, self.delay
@@ -95,11 +92,6 @@ class Copy(Classification):
         context[:, L + delay] = self.vocab_size - 1
         return Episodes(context, None, None, items)
 
-    def describe(self, episodes):
-        words = {0: ".", self.vocab_size - 1: "|"}
-        return [words.get(token, str(token)) for token in episodes.support_x[0].tolist()]
-
-
 @dataclass
 class Cue(SquaredError):
     """Pairs of a one-hot cue and a reward in [0, 1]; then each cue again, in random order."""
@@ -109,7 +101,7 @@ class Cue(SquaredError):
     def __post_init__(self):
         if self.pairs > self.cues:
             raise ValueError(f"--pairs {self.pairs} is more than the --cues {self.cues} there are")
-        self.n_positions, self.n_features = self.pairs + 1, self.cues
+        self.n_features, self.chance, self.step_names = self.cues, 1 / 12, ["pair"] * self.pairs
 
     def sample(self, split, batch_size, generator):
         B, T = batch_size, self.pairs
@@ -119,10 +111,8 @@ class Cue(SquaredError):
         query_x, order = shuffle(x, generator)
         return Episodes(x, reward, query_x, reward.gather(1, order[..., None]))
 
-    def describe(self, episodes):
-        cues = episodes.support_x[0].argmax(-1).tolist()
-        return [f"cue {c}: {r:.2f}" for c, r in zip(cues, episodes.support_y[0, :, 0].tolist())]
-
+    def describe(self, x, y):
+        return [f"{c}:{r:.2f}" for c, r in zip(x.argmax(-1).tolist(), y[:, 0].tolist())]
 
 @dataclass
 class Regression(SquaredError):
@@ -132,7 +122,8 @@ class Regression(SquaredError):
     queries: Annotated[int, "x asked for their y", 1] = 10
 
     def __post_init__(self):
-        self.n_positions, self.n_features = self.support + 1, self.dim
+        self.n_features, self.chance, self.constant = self.dim, self.dim + 1.0, 4.0
+        self.step_names = ["pair"] * self.support
 
     def sample(self, split, batch_size, generator):
         B, T = batch_size, self.support
@@ -142,14 +133,10 @@ class Regression(SquaredError):
         y = x @ w + b  # (B, T + Q, 1)
         return Episodes(x[:, :T], y[:, :T], x[:, T:], y[:, T:])
 
-    def describe(self, episodes):
-        return [f"y = {y:+.2f}" for y in episodes.support_y[0, :, 0].tolist()]
-
-
 @dataclass
 class FewShot(Classification):
     """`shots` labelled images of each of `ways` classes, then others, whose labels are asked."""
-    kind, item_steps = "image", None
+    kind = "image"
     task: str  # cifarfs or omniglot
     data_dir: str
     ways: Annotated[int, "classes of an episode", 1] = 5
@@ -163,11 +150,12 @@ class FewShot(Classification):
         if self.ways > fewest or self.shots + self.queries > n_images:
             raise ValueError(f"--ways {self.ways}, --shots {self.shots}, --queries {self.queries}: "
                              f"{self.task} has {fewest} classes, of {n_images} images each")
-        self.n_out, self.n_positions = self.ways, self.ways * self.shots + 1
+        self.n_out, self.chance = self.ways, 1 / self.ways
+        self.step_names = ["image"] * self.ways * self.shots
 
     def n_classes(self, split):  # in Omniglot quarter-turns are training classes of their own
-        turns = 4 if self.task == "omniglot" and split == "train" else 1
-        return turns * len(self.class_ids[split])
+        turned = self.task == "omniglot" and split == "train"
+        return (4 if turned else 1) * len(self.class_ids[split])
 
     def take(self, split, classes, index, generator):
         """Images number `index` of `classes`, both (*) -> (*, channels, size, size), augmented."""
@@ -200,30 +188,47 @@ class FewShot(Classification):
         index = torch.randint(self.images.size(1), (batch_size,), generator=generator)
         return self.take("train", classes, index, generator), classes
 
-    def describe(self, episodes):
-        return [f"class {label}" for label in episodes.support_y[0].tolist()]
-
-
-TASKS = dict(copy=Copy, cue=Cue, regression=Regression, cifarfs=FewShot, omniglot=FewShot)
-
+# Each task, and its defaults: as many updates as every seed needs to learn, with a margin.
+IMAGES = dict(batch_size=16, lr=1e-3, d_model=128, d_ff=256)
+TASKS = {"copy": (Copy, dict(steps=140, lr=8e-3)),
+         "cue": (Cue, dict(steps=400, lr=3e-3)),
+         "regression": (Regression, dict(steps=2000, lr=2e-3, n_layer=4, queries=50)),
+         "cifarfs": (FewShot, dict(IMAGES, steps=800, pretrain_steps=2400)),
+         "omniglot": (FewShot, dict(IMAGES, steps=1500, pretrain_steps=2000))}
 
 def make_task(args):
     """The task of `args`, a dict with its name and sizes. ValueError where they do not fit."""
-    task = TASKS[args["task"]]
+    task, _ = TASKS[args["task"]]
     return task(**{field.name: args[field.name] for field in fields(task)})
 
+@torch.no_grad()
+def show(model, task, split, device, n=3):
+    """n episodes as lines: what is shown, right, answered, and answered with nothing written."""
+    episodes, rule = task.sample(split, n, random_generator(0, split)), model.plasticity
+    answers, eta0 = {"answered": model.eval()(episodes.to(device))[0]}, rule.eta0
+    if rule.rule != "none":
+        rule.eta0 = 0.0
+        answers["silenced"] = model(episodes.to(device))[0]
+        rule.eta0 = eta0
+    for b in range(n):
+        x, y, query_x, target = (t if t is None else t[b] for t in episodes)
+        lines = {"shown": task.describe(x, y), "right": task.describe(query_x, target)}
+        for name, out in answers.items():
+            y = out[b, -len(target):].cpu()  # (L, n_out)
+            lines[name] = task.describe(query_x, y if target.is_floating_point() else y.argmax(-1))
+        for name, words in lines.items():
+            yield f"  {name:8}  {' '.join(words)[:88]}"
 
 def distort(images, generator):
     """Images (*, channels, size, size) uint8, each turned, scaled and shifted a little."""
     flat = images.flatten(0, -4)  # (N, channels, size, size)
     u = torch.rand(4, flat.size(0), generator=generator) * 2 - 1  # (4, N) in [-1, 1]
-    angle, scale, (right, down) = math.radians(10) * u[0], 1 + 0.15 * u[1], 0.15 * u[2:]
+    angle, scale, (right, down) = torch.deg2rad(10 * u[0]), 1 + 0.15 * u[1], 0.15 * u[2:]
     cos, sin = scale * angle.cos(), scale * angle.sin()  # (N)
     # where in the image each pixel of the new one comes from
     theta = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, flat.shape, align_corners=False)  # (N, size, size, 2)
     return F.grid_sample(flat.float(), grid, align_corners=False).round().byte().view_as(images)
-
 
 # CIFAR-100's class-disjoint split by Bertinetto et al., ICLR 2019: all other classes train.
 CIFARFS_VAL = """beaver otter flatfish shark lamp television beetle butterfly sea camel cattle
@@ -233,7 +238,6 @@ CIFARFS_TEST = """whale poppy rose sweet_pepper telephone bed table wardrobe leo
 OMNIGLOT_BACKGROUND = 964  # characters of the background set, which come first in the pack
 PACKS = {"cifarfs": ("cifar100.pt", (100, 600, 3, 32, 32)),  # classes, images, channels, size, size
          "omniglot": ("omniglot.pt", (1623, 20, 1, 28, 28))}
-
 
 def split_classes(name, classes):
     """Which rows of a pack, whose classes have these names, train, validate and test."""
@@ -245,7 +249,6 @@ def split_classes(name, classes):
         val = [i for i in range(OMNIGLOT_BACKGROUND) if alphabets[i] in last]
         test = list(range(OMNIGLOT_BACKGROUND, len(classes)))
     return {"train": sorted({*range(len(classes))} - {*val, *test}), "val": val, "test": test}
-
 
 def load_pack(data_dir, name):
     """Images (classes, images, channels, size, size) uint8; the rows of each split's classes."""
@@ -265,14 +268,12 @@ def load_pack(data_dir, name):
         raise ValueError(f"no {name} in {path} ({reason}): check the network and --data-dir, and "
                          "delete the file if it is there, to download it again") from error
 
-
 def read_pack(path, name):
     pack, shape = torch.load(path, weights_only=True, mmap=True), PACKS[name][1]
     images, classes = pack["images"], pack["classes"]
     if images.dtype != torch.uint8 or images.shape != shape or len(classes) != shape[0]:
         raise ValueError(f"not {shape} images in bytes")
     return images, split_classes(name, classes)
-
 
 def pack_cifar100(root):
     from torchvision.datasets import CIFAR100
@@ -282,7 +283,6 @@ def pack_cifar100(root):
     order = torch.tensor(train.targets + test.targets).argsort(stable=True)  # by class, train first
     images = images.permute(0, 3, 1, 2)[order].reshape(100, 600, 3, 32, 32)
     return {"images": images.contiguous(), "classes": list(train.classes)}
-
 
 def pack_omniglot(root):
     from PIL import Image, ImageOps

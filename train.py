@@ -1,15 +1,15 @@
 """Train a plastic Transformer on any task with any rule.
 
-    python train.py --task copy --rule hebbian                     # 1.5 to 3 minutes
+    python train.py --task copy --rule hebbian --watch             # half a minute
     python train.py --task copy --rule gradient --window 8         # attention is too short to copy
     python train.py --task omniglot --rule hebbian                 # downloads Omniglot, once
     python train.py --resume --out-dir out/copy-hebbian-s0         # go on with a run that stopped
-    torchrun --standalone --nproc_per_node=2 train.py --task copy  # two processes share each batch
     python eval.py out/copy-hebbian-s0                             # what the model does, and how
 
 Into --out-dir go metrics.jsonl (a line an evaluation), ckpt.pt (for --resume), best.pt (the best).
 """
 import argparse
+import contextlib
 import ctypes
 import json
 import math
@@ -20,27 +20,16 @@ import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_type_hints
+from shlex import quote
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
 
 from model import Config, Transformer
-from tasks import TASKS, make_task, random_generator
+from tasks import TASKS, make_task, random_generator, show
 
-# By task: as many updates as every seed needs to learn, with a margin.
-IMAGES = dict(batch_size=16, lr=1e-3, d_model=128, d_ff=256)
-BY_TASK = {"copy": dict(steps=500, lr=4e-3), "cue": dict(steps=1000, lr=3e-3),
-           "regression": dict(steps=2500, lr=4e-3, n_layer=4, queries=50),
-           "cifarfs": dict(IMAGES, steps=800, pretrain_steps=2400),
-           "omniglot": dict(IMAGES, steps=1500, pretrain_steps=2000)}
-# By rule: max_norm keeps the Hebbian eta_t far below eta_0, as its ||D_t|| is large. The gradient
-# rule's eta_t can come near eta_0, and a write forgets that share of all before it: with 0.2 and an
-# alpha of 1 or 3 nothing lasts for 80 blanks; 0.02 and 20 write as much, and last.
-BY_RULE = {"none": dict(alpha_init=1.0), "hebbian": dict(eta0=0.2, alpha_init=8.0),
-           "gradient": dict(eta0=0.02, alpha_init=20.0)}
-LR_WARMUP, CLIP, WEIGHT_DECAY = 50, 1.0, 0.01  # updates; gradient norm; of AdamW
-
+LR_WARMUP, CLIP, WEIGHT_DECAY, EVAL_EPISODES = 25, 1.0, 0.01, 160  # updates, norm, AdamW's
 
 @dataclass
 class Training:
@@ -55,41 +44,35 @@ class Training:
     threads: Annotated[int, "CPU threads; more slow the many small operations down", 1] = 1
     out_dir: Annotated[str, "folder of the run, if not out/<task>-<rule>-s<seed>"] = None
     data_dir: Annotated[str, "where the images are, or are downloaded to"] = "data"
-    eval_interval: Annotated[int, "updates between evaluations, if not a tenth of all", 1] = None
-    eval_batches: Annotated[int, "validation batches an evaluation", 1] = 10
-    save_interval: Annotated[float, "seconds between checkpoints", 0] = 30.0
-
+    eval_interval: Annotated[int, "updates between checkpoints, if not a tenth of all", 1] = None
 
 def defaults(task, rule):
     """All settings of a run of this task and rule that is told nothing else."""
-    settings = {f.name: f.default for of in (TASKS[task], Config, Training) for f in fields(of)}
-    return {**settings, **BY_TASK[task], **BY_RULE[rule], "task": task, "rule": rule}
-
+    settings = {f.name: f.default for of in (TASKS[task][0], Config, Training) for f in fields(of)}
+    return {**settings, **TASKS[task][1], "task": task, "rule": rule}
 
 def add_flags(parser, title, settings):
     """A flag for each annotated field, None where it is not given; the last of a name replaces."""
     group = parser.add_argument_group(title)
     for name, hint in get_type_hints(settings, include_extras=True).items():
-        flag = "--" + name.replace("_", "-")
-        if not hasattr(hint, "__metadata__"):
+        if get_origin(hint) is not Annotated:
             continue
         kind, meaning, *limits = get_args(hint)
         choices, default = get_args(kind) or None, getattr(settings, name)
         said = [str(default)] * (default is not None)
-        said += [f"{of} {its[name]}" for of, its in {**BY_TASK, **BY_RULE}.items() if name in its]
-        group.add_argument(flag, choices=choices, metavar=None if choices else name[0].upper(),
+        said += [f"{task} {its[name]}" for task, (_, its) in TASKS.items() if name in its]
+        group.add_argument("--" + name.replace("_", "-"), choices=choices,
+                           metavar=None if choices else name[0].upper(),
                            type=number(kind, *limits) if limits else None,
                            help=meaning + f" (default: {', '.join(said)})" * bool(said))
-
 
 def number(kind, low, high=1e18):
     """An argparse type: an int or a float from `low` to `high`."""
     def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
     return number
-
 
 def parse_args(argv=None):
     """All settings of a run: those given, else those of the run to resume, else the defaults."""
@@ -100,16 +83,17 @@ def parse_args(argv=None):
     parser.error = fail
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")
+    parser.add_argument("--watch", action="store_true", help="see in the terminal what it writes")
     add_flags(parser, "training", Training)
     add_flags(parser, "model and plasticity", Config)
-    for task, sizes in TASKS.items():
+    for task, (sizes, _) in TASKS.items():
         add_flags(parser, f"episodes of {task}", sizes)
     given = {name: v for name, v in vars(parser.parse_args(argv)).items() if v is not None}
     settings = defaults(given.get("task", "copy"), given.get("rule", "hebbian"))
     given.setdefault("out_dir", "out/{task}-{rule}-s{seed}".format(**{**settings, **given}))
     if given["resume"]:
         settings = load_run(f"{given['out_dir']}/ckpt.pt", given)[0]["args"]
-    for name in {*given} - {*settings, "resume", "overwrite"}:
+    for name in {*given} - {*settings, "resume", "overwrite", "watch"}:
         raise ValueError(f"--{name.replace('_', '-')} {given[name]}: no size of {settings['task']}")
     args = argparse.Namespace(**{**settings, **given})
     args.eval_interval = args.eval_interval or max(1, args.steps // 10)
@@ -117,11 +101,9 @@ def parse_args(argv=None):
         raise ValueError(f"--pretrain-steps {args.pretrain_steps}: {args.task} has no encoder")
     return args
 
-
 def learning_rate(step, steps):
     """The schedule, as a share of --lr: a linear warm-up times a cosine that falls to 5%."""
     return min(step / LR_WARMUP, 1) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
-
 
 def update(model, task, optimizer, episodes):
     """One update on a batch of episodes -> the loss. FloatingPointError where it is not finite."""
@@ -134,7 +116,6 @@ def update(model, task, optimizer, episodes):
         raise FloatingPointError(f"loss {loss.item()}: try a lower --lr, --eta0 or --alpha-init")
     optimizer.step()
     return loss.detach()
-
 
 @torch.no_grad()
 def evaluate(model, task, split, n_episodes, batch_size, generator, device):
@@ -150,33 +131,31 @@ def evaluate(model, task, split, n_episodes, batch_size, generator, device):
             eta, norm = torch.cat(fast.eta, dim=1), torch.cat(fast.norm, dim=1)  # (B, T) each
             gates.append(torch.stack([eta, norm, eta * norm]).cpu())  # (3, B, T)
     model.train()
-    result = dict(loss=statistics.fmean(losses), scores=torch.cat(scores), gates=None)
-    result["score"] = result["scores"].mean().item()
-    if gates:
-        means = torch.cat(gates, dim=1).double().mean(1)  # (3, T)
-        result["gates"] = dict(zip(("eta", "d_norm", "write"), means.tolist()))
-    return result
-
+    scores = torch.cat(scores)  # (n)
+    means = torch.cat(gates, dim=1).double().mean(1).tolist() if gates else ()  # (3, T)
+    return dict(loss=statistics.fmean(losses), score=scores.mean().item(), scores=scores,
+                gates=dict(zip(("eta", "d_norm", "write"), means)) or None)
 
 def pretrain(model, task, args, device, generator):
     """Train the image encoder as a classifier of the training classes; its head is thrown away."""
     head = nn.Linear(model.embed.encoder.d_out, task.n_classes("train"))
     classifier = nn.Sequential(model.embed.encoder, head).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY)
-    for step in range(1, args.pretrain_steps + 1):
-        optimizer.param_groups[0]["lr"] = 1e-3 * learning_rate(step, args.pretrain_steps)
+    began, steps = time.time(), args.pretrain_steps
+    for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = 1e-3 * learning_rate(step, steps)
         images, classes = task.sample_images(128, generator)
         loss = nn.functional.cross_entropy(classifier(images.to(device)), classes.to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if step % 20 == 0:
-            print(f"pretraining {step}/{args.pretrain_steps}  loss {loss.item():.3f}", flush=True)
-
+        if step % 100 == 0:
+            left = (time.time() - began) / step * (steps - step)
+            print(f"pretraining {step}/{steps}  loss {loss:.3f}  {left:.0f} s left", flush=True)
 
 def train(args, task, model, device, state=None, rank=0, world=1):
     """The one loop, for every task and rule; `state`: where to go on; rank 0 of `world` writes."""
-    out_dir, generator = Path(args.out_dir), random_generator(args.seed, "train")
+    folder, generator = Path(args.out_dir), random_generator(args.seed, "train")
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
     run = dict(step=0, seconds=0.0, best=None, losses=[], log=[])
     if state:
@@ -185,13 +164,13 @@ def train(args, task, model, device, state=None, rank=0, world=1):
         generator.set_state(state["generator"])
     elif not rank:
         save_checkpoint(run, args, model, optimizer, generator)
-    if args.pretrain_steps and not run["step"]:
+    start, began = run["step"], time.time() - run["seconds"]
+    if args.pretrain_steps and not start:
         pretrain(model, task, args, device, generator)
-    if world > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     shared = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    began, said, saved = time.time() - run["seconds"], 0.0, time.time()
-    for step in range(run["step"] + 1, args.steps + 1):
+    watching, above = args.watch and sys.stdout.isatty() and args.rule != "none", ""
+    clock = said = time.time()
+    for step in range(start + 1, args.steps + 1):
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate(step, args.steps)
         episodes = task.sample("train", args.batch_size, generator).to(device, rank, world)
         loss = update(shared, task, optimizer, episodes)
@@ -203,75 +182,100 @@ def train(args, task, model, device, state=None, rank=0, world=1):
 
         run.update(step=step, seconds=time.time() - began)
         run["losses"].append(loss.item())
-        if time.time() - said >= 5:
-            said, left = time.time(), run["seconds"] / step * (args.steps - step)
+        if time.time() - said >= 5 and not watching:
+            said, left = time.time(), (time.time() - clock) / (step - start) * (args.steps - step)
             print(f"step {step}/{args.steps}  loss {loss:.4f}  {left:.0f} s left", flush=True)
 
         if step % args.eval_interval == 0 or step == args.steps:  # on the same episodes each time
-            result = evaluate(model, task, "val", args.eval_batches * args.batch_size,
-                              args.batch_size, random_generator(args.seed, "val"), device)
-            log(run, result, task.metric, out_dir)
+            result = evaluate(model, task, "val", EVAL_EPISODES, args.batch_size,
+                              random_generator(args.seed, "val"), device)
+            line = log(run, result, task.metric, folder)
+            if watching:  # one episode; from the second time on over the three lines there
+                one = evaluate(model, task, "val", 1, 1, random_generator(0, "val"), device)
+                line, above = above + line + picture(one["gates"]["write"], task), "\x1b[3F\x1b[J"
+            print(line, flush=True)
             best, score = run["best"], result["score"]
-            if best is None or (score > best if task.higher_is_better else score < best):
+            if best is None or abs(score - task.perfect) <= abs(best - task.perfect):
                 run["best"] = score
-                save(out_dir / "best.pt", dict(args=vars(args), step=step,
-                                               model=model.state_dict()))
-        if time.time() - saved >= args.save_interval or step == args.steps:
+                save(folder / "best.pt", dict(args=vars(args), step=step, model=model.state_dict()))
             save_checkpoint(run, args, model, optimizer, generator)
-            saved = time.time()
     if not rank:
-        print(f"best validation {task.metric} {run['best']:.4f}; now: python eval.py {out_dir}")
-
+        summary(run, args, task, show(model, task, "val", device))
 
 def log(run, result, metric, out_dir):
-    """Add a line about an evaluation to metrics.jsonl, and say it."""
-    gates = {name: statistics.fmean(steps) for name, steps in (result["gates"] or {}).items()}
-    row = dict(step=run["step"], train_loss=statistics.fmean(run["losses"]),
-               val_loss=result["loss"], val_metric=result["score"], metric=metric,
-               eta=gates.get("eta"), write_norm=gates.get("write"), seconds=run["seconds"])
-    run.update(losses=[], log=[*run["log"], json.dumps(row) + "\n"])
-    save(out_dir / "metrics.jsonl", "".join(run["log"]).encode())
-    print(f"step {run['step']}  validation loss {result['loss']:.4f}  {metric} "
-          f"{result['score']:.4f}  after {run['seconds']:.0f} s", flush=True)
+    """Add a line about an evaluation to metrics.jsonl -> the line to print."""
+    row = dict(step=run["step"], train_loss=statistics.fmean(run["losses"]), metric=metric,
+               val_loss=result["loss"], val_metric=result["score"], seconds=run["seconds"])
+    run.update(losses=[], log=[*run["log"], row])
+    save(out_dir / "metrics.jsonl", "".join(json.dumps(of) + "\n" for of in run["log"]).encode())
+    return (f"step {run['step']}  validation loss {result['loss']:.4f}  {metric} "
+            f"{result['score']:.4f}  after {run['seconds']:.0f} s")
 
+def picture(writes, task):
+    """Two more lines: each step's write as a bar, and the initial of what it shows."""
+    bars = [" ▁▂▃▄▅▆▇█"[math.ceil(8 * write / max(writes))] for write in writes]
+    return f"\nwrites {''.join(bars)}\nsteps  {''.join(name[0] for name in task.step_names)}"
+
+def summary(run, args, task, answers):
+    """Say what it answers, how long it took, when it was nearly perfect, and what to do now."""
+    near = abs(task.chance - task.perfect) / 20  # 5% of what there is to learn
+    learned = [row["step"] for row in run["log"] if abs(row["val_metric"] - task.perfect) <= near]
+    print(*answers, f"finished: {run['step']} updates, {run['seconds']:.0f} s; best {task.metric} "
+          f"{run['best']:.4f}; within 5% of perfect after {learned[0] if learned else 'none'}",
+          f"now: python eval.py {quote(args.out_dir)}", sep="\n")
 
 def main(argv=None):
-    try:
+    with one_line():
         args = parse_args(argv)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-        device, rank, world = prepare(args)
-        torch.manual_seed(args.seed)
-        state, path = None, Path(args.out_dir) / "ckpt.pt"
-        if args.resume:
-            state, task, model = load_run(path, vars(args))
-        elif path.exists() and not args.overwrite:
-            raise ValueError(f"{path} is there: --resume goes on with it, --overwrite replaces it")
-        else:
-            task = make_task(vars(args))
-            model = Transformer(task, args)
-        args.block_size = model.block_size  # as many positions for other episodes, too
-        if world > 1:
-            torch.distributed.barrier()  # nobody writes before all have looked
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not rank and not args.resume:
-            (path.parent / "best.pt").unlink(missing_ok=True)
-            print(f"{args.task}, rule {args.rule}, on {device}, into {args.out_dir}", flush=True)
-        train(args, task, model.to(device), device, state, rank, world)
-    except (ValueError, OSError, FloatingPointError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print(f"stopped; to go on: python train.py --resume --out-dir {args.out_dir}", flush=True)
-        sys.exit(130)
+        try:
+            begin(args)
+        except KeyboardInterrupt:
+            print("stopped; to go on: python train.py --resume --out-dir", quote(args.out_dir))
+            sys.exit(130)
 
+def begin(args):
+    """Make what a run needs, anew or from its checkpoint, and train."""
+    device, rank, world = prepare(args)
+    torch.manual_seed(args.seed)
+    state, path = None, Path(args.out_dir) / "ckpt.pt"
+    if args.resume:
+        state, task, model = load_run(path, vars(args))
+    elif path.exists() and not (args.overwrite or rank):  # the first may have begun
+        raise ValueError(f"{path} is there: --resume goes on with it, --overwrite replaces it")
+    else:
+        task = make_task(vars(args))
+        model = Transformer(task, args)
+    args.block_size = model.block_size  # as many positions for other episodes, too
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not rank and not args.resume:
+        (path.parent / "best.pt").unlink(missing_ok=True)
+    if not rank:
+        done = state["run"]["step"] if state else 0
+        print(f"{args.task}, rule {args.rule}, on {device}, in {args.out_dir}, {done}/{args.steps} "
+              f"done; {task.metric} {task.chance:.3g} is guessing, {task.perfect:g} perfect")
+    train(args, task, model.to(device), device, state, rank, world)
 
 # ------ Saving and loading, devices, torchrun: nothing below is about learning. ------
-
 
 def fail(message):
     """End the program as every bad input does: one line, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
+@contextlib.contextmanager
+def one_line():
+    """Whatever a user can mend ends the program with one line."""
+    try:
+        yield
+    except BrokenPipeError:  # who read our output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, FloatingPointError) as error:
+        fail(error)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" in repr(error).lower():
+            fail("out of memory: try a smaller --batch-size, --d-model, --d-ff or --n-layer")
+        raise
 
 def save(path, content):
     """Write bytes or what torch.save takes, beside the place, then rename: no file is ever half."""
@@ -286,12 +290,10 @@ def save(path, content):
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}".split("\n")[0]) from error
 
-
 def save_checkpoint(run, args, model, optimizer, generator):
-    save(Path(args.out_dir) / "ckpt.pt", dict(
-        run=run, args=vars(args), model=model.state_dict(), optimizer=optimizer.state_dict(),
-        generator=generator.get_state()))
-
+    parts = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    save(Path(args.out_dir) / "ckpt.pt",
+         dict(parts, run=run, args=vars(args), generator=generator.get_state()))
 
 def load_run(path, changes=()):
     """-> checkpoint, task, model, with some settings changed. ValueError where it does not fit."""
@@ -305,7 +307,6 @@ def load_run(path, changes=()):
     except Exception as error:  # a damaged or foreign file can fail in any way
         reason = str(error).strip().split("\n")[-1].strip()
         raise ValueError(f"{path} does not load ({reason}): name a run of train.py") from error
-
 
 def prepare(args):
     """The device of a run; its rank among the processes that torchrun started, and their number."""
@@ -324,7 +325,6 @@ def prepare(args):
         return torch.device(name), 0, 1
     torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
     return torch.device(name, int(os.environ["LOCAL_RANK"])), torch.distributed.get_rank(), world
-
 
 if __name__ == "__main__":
     main()

@@ -22,6 +22,10 @@ TASKS = {"copy": ("copying, recall", 0.875, 8, "0.745"),
          "cifarfs": ("CIFAR-FS 5-way 1-shot, accuracy", 0.8, 1, "0.319 ± 0.017")}
 NO_SETTING = ("task", "rule", "seed", "device", "threads", "block_size", "eval_interval",
               "eval_batches", "save_interval", "out_dir", "data_dir")
+# runs of commit ca3d6a4 and before, which had an eval_batches, began with these by default
+OLD = {"copy": dict(steps=500, lr=4e-3), "cue": dict(steps=1000),
+       "regression": dict(steps=2500, lr=4e-3), "none": dict(alpha_init=1.0, eta0=0.2),
+       "hebbian": dict(alpha_init=8.0, eta0=0.2), "gradient": dict(alpha_init=20.0)}
 SCORES = ("seeds", "score", "lesion", "learned")
 GATES = ("persistence", "selectivity", "write_norm", "minutes")
 # (claim, in which experiments, who, must beat each of whom, by which figure)
@@ -36,16 +40,18 @@ CLAIMS = [
     ("5 Plasticity adds to attention over all steps", "whole", "either rule", "none", "score"),
     ("5 Plasticity adds to attention over a window", "window", "either rule", "none", "score")]
 
-
 def read_cells():
     """{cell: the rows of its seeds}, what eval.py --json wrote and more, sorted for the tables."""
     cells, order = {}, [*TASKS, *RULES]
     for path in sorted(HERE.glob("*/eval*.json")):
         (row,), run = kept(path), path.parent.name
         args = {"pretrain_steps": row["args"].get("warmup_steps", 0), **row["args"]}  # its old name
+        usual, old = defaults(args["task"], args["rule"]), "eval_batches" in args
+        usual.update({**OLD.get(args["task"], {}), **OLD[args["rule"]]} if old else {})
         told = " ".join(f"--{name.replace('_', '-')} {args[name]}".removesuffix(".0")
-                        for name, usual in defaults(args["task"], args["rule"]).items()
-                        if name not in NO_SETTING and args.get(name, usual) != usual)
+                        for name in usual if name not in NO_SETTING
+                        and args.get(name, usual[name]) != usual[name])
+        told = f"before: {told}" if old else told
         curve, perfect = learning_curve(path.parent), row["metric"] == "accuracy"
         near = [n for n, score, _ in curve if abs(score - perfect) <= TASKS[row["task"]][1] / 20]
         cell = run[:-3] if run[-3:-1] == "-s" else run + "-early"  # the first had no seed in it
@@ -56,7 +62,6 @@ def read_cells():
                    learned=min(near, default=None), minutes=curve[-1][2] / 60, place=place)
         cells.setdefault(row["cell"], []).append(row)
     return dict(sorted(cells.items(), key=lambda cell: cell[1][0]["place"]))
-
 
 def figure(rows, key):
     """A figure of a cell as text: the mean over its seeds ± the standard deviation."""
@@ -78,15 +83,12 @@ def figure(rows, key):
         return text + f" ({len(values)} of {len(rows)})"
     return text + f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
 
-
 def table(head, rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
 
 def by_rule(cells, kind, key="score"):  # * in the name of the kind stands for the rule
     groups = [cells.get(kind.replace("*", rule)) for rule in RULES]
     return [f"{figure(r, key)} ({len(r)})" if r and figure(r, key) != "-" else "-" for r in groups]
-
 
 def better(one, other, key):
     """1 if a figure of rows `one` is better than that of rows `other`, -1 worse, 0 neither."""
@@ -102,7 +104,6 @@ def better(one, other, key):
         return 0
     lower = key == "learned" or (key == "score" and one[0]["metric"] == "mse")
     return 1 if (means[0] < means[1]) == lower else -1
-
 
 def claims(cells):
     """Each claim as claim, verdict, key, [(1 for it, -1 against it, 0 neither, {rule: rows})]."""
@@ -135,7 +136,6 @@ def claims(cells):
         if results:
             yield claim, verdict, key, results
 
-
 def claim_blocks(found):
     short, full = [], []  # each claim with one experiment, and with all
     for claim, verdict, key, results in found:
@@ -151,7 +151,6 @@ def claim_blocks(found):
         short.append([claim, verdict, f"{name}, {key}: {', '.join(said)}"])
     return table(["claim", "verdict (for, against, neither)", "example, w8: window 8"], short), full
 
-
 def speed():
     runs, key, rows = kept(HERE / "bench-paper-size.jsonl"), "seconds_per_update", []
     for i in range(5):  # three rounds of five lines, `none` first
@@ -161,7 +160,6 @@ def speed():
         name = runs[i]["rule"] + ", `--alpha outer`" * (runs[i]["alpha"] == "outer")
         rows.append([name, f"{ms:.0f}", f"{times:.1f}", f"{rate:.0f}", f"{peak:.1f}"])
     return table(["rule", "ms an update", "times none", "sequences/s", "GB"], rows)
-
 
 def fill(text, cells, blocks):
     def new(match):
@@ -173,7 +171,6 @@ def fill(text, cells, blocks):
         raise ValueError(f"there is no '{block or cell}'")
     return re.sub(r"<!-- begin (.+?) -->\n.*?<!-- end \1 -->|<!-- (\S+(?:@delay \d+)?) (\w+) -->"
                   r"[^\s,();|]*?(?=[.:]?(?:[\s,();|]|$))", new, text, flags=re.S)
-
 
 def pages():
     """{path: what it should say} of both pages; nothing is written."""
@@ -190,10 +187,9 @@ def pages():
             for of in cells.values() if (r := of[0])["task"] == task]) for keys in (SCORES, GATES))
         results += [[name, *by_rule(cells, f"{task}-*"), paper],
                     [f"the same, window {window}", *by_rule(cells, f"{task}-*-w{window}"), "-"]]
-    blocks["results"] = table(["mean ± s.d. (seeds)", *RULES.values(), "paper's best"], results)
+    blocks["results"] = table(["mean ± s.d. (seeds)", *RULES.values(), "paper's best"], results[2:])
     return {path: fill(path.read_text(), cells, blocks)
             for path in (HERE / "README.md", HERE.parent / "README.md")}
-
 
 if __name__ == "__main__":
     for path, text in pages().items():
