@@ -57,7 +57,7 @@ def gate_figures(gates, steps, eta0):
     # eta_t and eta_t * ||D_t||, means over the steps
     figures = dict(eta=statistics.fmean(gates["eta"]), write_norm=statistics.fmean(gates["write"]))
     figures["persistence"] = figures["eta"] / eta0 if eta0 else None  # the share of eta_0 used
-    if "item" in steps:
+    if {"item"} < {*steps}:
         items = [w for step, w in zip(steps, gates["write"]) if step == "item"]
         others = [w for step, w in zip(steps, gates["write"]) if step != "item"]
         # selectivity: the mean write at the steps that show an item over that at the others
@@ -67,8 +67,8 @@ def gate_figures(gates, steps, eta0):
 def report(row):
     """One run as lines of text: its figures, some answers, then a bar for each step's write."""
     yield (f"{row['run']}: {row['task']}, rule {row['rule']}, window {row['args']['window']}, "
-           f"seed {row['seed']}, " + ", ".join(f"{k} {v}" for k, v in row["sizes"].items())
-           + f", best at step {row['step']}")
+           f"seed {row['seed']}, " + "".join(f"{k} {v}, " for k, v in row["sizes"].items())
+           + f"best at step {row['step']}")
     yield (f"  test {row['metric']:13} {row['score']:.5f} ± {row['interval']:.5f}   "
            f"(95% interval, {row['episodes']} episodes; guessing {row.get('chance', '?'):.5})")
     gates = row["gates"]
@@ -113,7 +113,8 @@ def plot(rows, path):
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     curves, strips = figure.subplots(1, 2)
     task, metric, sizes, shares = *(rows[0][k] for k in ("task", "metric", "sizes")), {}
-    for color, rule in (("0.5", "none"), ("C0", "hebbian"), ("C1", "gradient")):
+    rules = dict.fromkeys(["none", "hebbian", "gradient", *(row["rule"] for row in rows)])
+    for color, rule in zip(("0.5", "C0", "C1", "C2", "C3"), rules):
         group = [row for row in rows if row["rule"] == rule]
         lines = [learning_curve(row["run"]) for row in group]
         for line in lines:
@@ -127,8 +128,8 @@ def plot(rows, path):
             curves.annotate(f"  {rule}", (steps[at], mean[at]), color=color, va="bottom")
         if group and group[0]["gates"]:
             writes = [statistics.fmean(at) for at in zip(*(row["gates"]["write"] for row in group))]
-            shares[rule] = [write / max(writes) for write in writes]
-    curves.axhline(rows[0]["chance"], color="0.5", linestyle="dashed", linewidth=1)
+            shares[rule] = [write / max(1e-12, *writes) for write in writes]
+    curves.axhline(rows[0].get("chance", math.nan), color="0.5", linestyle="dashed", linewidth=1)
     curves.set(xlabel="update", ylabel=f"validation {metric}",
                yscale="log" if metric == "mse" else "linear")
     if shares:
@@ -180,7 +181,8 @@ def evaluate_runs(options, changes, device):
     rows, in_full = [], len(options.runs) == 1 or options.gates
     for run in options.runs:
         best, file = Path(run) / "best.pt", Path(run) / "eval.json"
-        if best.exists() or changes or not file.exists():
+        others = changes or (options.episodes, options.seed) != (600, 0)  # than are kept
+        if best.exists() or others or not file.exists():
             rows.append(measure(run, options, changes, device))
         else:
             rows.append({**kept(file)[0], "run": run})

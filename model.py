@@ -138,12 +138,10 @@ class Embed(nn.Module):
         self.kind, self.n_out = task.kind, task.n_out
         if self.kind == "token":
             self.token = nn.Embedding(task.vocab_size, config.d_model)
-            # a blank says nothing: else 20 alike are written one upon the other, and drown the rest
-            nn.init.zeros_(self.token.weight[0])
+            nn.init.zeros_(self.token.weight[0])  # a blank is silent: 20 alike drown all else
         elif self.kind == "vector":
             self.linear = nn.Linear(task.n_features + 2, config.d_model)
-            # LayerNorm keeps directions: only beside a constant it shows how large something is
-            self.linear.bias.data *= task.constant
+            self.linear.bias.data *= task.constant  # LayerNorm shows sizes beside a constant only
         else:
             self.encoder = Conv4(*task.image_shape, config.filters)
             self.norm = nn.LayerNorm(self.encoder.d_out)

@@ -4,8 +4,8 @@ A task draws B episodes of a split by `sample(split, batch_size, generator)`, ha
 target)` to train on, a `score(out, target)` of each episode, and `describe(x, y)`: a word for each
 of N steps with inputs x and values, labels or answers y. It says of itself
 
-    kind         token, vector or image: how model.Embed reads it
-    n_out        numbers in an answer
+    kind         token, vector or image, with a vocab_size, n_features or image_shape: model.Embed
+    n_out        numbers in an answer; metric, perfect: what its score is called, and the best
     step_names   what each step of its context is; "item" is what must be remembered
     chance       the score of guessing
 
@@ -69,7 +69,7 @@ class SquaredError:
 
 @dataclass
 class Copy(Classification):
-    """Tokens of 1..V-2, `delay` blanks (0), a delimiter (V-1), as many blanks to recall them at."""
+    """Tokens of 1..V-2, `delay` blanks (0), a delimiter (V-1), a blank to recall each token at."""
     kind = "token"
     seq_len: Annotated[int, "tokens to remember", 1] = 5
     delay: Annotated[int, "blanks before the delimiter", 0] = 20

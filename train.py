@@ -29,7 +29,7 @@ from torch import nn
 from model import Config, Transformer
 from tasks import TASKS, make_task, random_generator, show
 
-LR_WARMUP, CLIP, WEIGHT_DECAY, EVAL_EPISODES = 25, 1.0, 0.01, 160  # updates, norm, AdamW's
+LR_WARMUP, CLIP, WEIGHT_DECAY, EVAL_EPISODES = 25, 1.0, 0.01, 160  # updates, norm, AdamW's, number
 
 @dataclass
 class Training:
@@ -190,7 +190,7 @@ def train(args, task, model, device, state=None, rank=0, world=1):
             result = evaluate(model, task, "val", EVAL_EPISODES, args.batch_size,
                               random_generator(args.seed, "val"), device)
             line = log(run, result, task.metric, folder)
-            if watching:  # one episode; from the second time on over the three lines there
+            if watching:  # one episode, drawn over the three lines of the last picture
                 one = evaluate(model, task, "val", 1, 1, random_generator(0, "val"), device)
                 line, above = above + line + picture(one["gates"]["write"], task), "\x1b[3F\x1b[J"
             print(line, flush=True)
@@ -213,15 +213,16 @@ def log(run, result, metric, out_dir):
 
 def picture(writes, task):
     """Two more lines: each step's write as a bar, and the initial of what it shows."""
-    bars = [" ▁▂▃▄▅▆▇█"[math.ceil(8 * write / max(writes))] for write in writes]
-    return f"\nwrites {''.join(bars)}\nsteps  {''.join(name[0] for name in task.step_names)}"
+    most, writes = max(1e-12, *writes), writes[:72]  # a picture must not be wider than a terminal
+    bars = [" ▁▂▃▄▅▆▇█"[math.ceil(8 * write / most)] for write in writes]
+    return f"\nwrites {''.join(bars)}\nsteps  {''.join(name[0] for name in task.step_names[:72])}"
 
 def summary(run, args, task, answers):
     """Say what it answers, how long it took, when it was nearly perfect, and what to do now."""
     near = abs(task.chance - task.perfect) / 20  # 5% of what there is to learn
     learned = [row["step"] for row in run["log"] if abs(row["val_metric"] - task.perfect) <= near]
     print(*answers, f"finished: {run['step']} updates, {run['seconds']:.0f} s; best {task.metric} "
-          f"{run['best']:.4f}; within 5% of perfect after {learned[0] if learned else 'none'}",
+          f"{run['best']:.4f}; within 5% of perfect by update {learned[0] if learned else '-'}",
           f"now: python eval.py {quote(args.out_dir)}", sep="\n")
 
 def main(argv=None):
@@ -248,9 +249,9 @@ def begin(args):
         model = Transformer(task, args)
     args.block_size = model.block_size  # as many positions for other episodes, too
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not rank and not args.resume:
-        (path.parent / "best.pt").unlink(missing_ok=True)
     if not rank:
+        for name in () if state else ("best.pt", "metrics.jsonl", "eval.json"):  # of an older run
+            (path.parent / name).unlink(missing_ok=True)
         done = state["run"]["step"] if state else 0
         print(f"{args.task}, rule {args.rule}, on {device}, in {args.out_dir}, {done}/{args.steps} "
               f"done; {task.metric} {task.chance:.3g} is guessing, {task.perfect:g} perfect")
@@ -258,8 +259,7 @@ def begin(args):
 
 # ------ Saving and loading, devices, torchrun: nothing below is about learning. ------
 
-def fail(message):
-    """End the program as every bad input does: one line, exit status 2."""
+def fail(message):  # as every bad input does: one line, exit status 2
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
