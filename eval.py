@@ -178,22 +178,20 @@ def main(argv=None):
             raise ValueError(f"what is kept of a run is not what we wrote: {error!r}") from error
 
 def evaluate_runs(options, changes, device):
-    rows, in_full = [], len(options.runs) == 1 or options.gates
+    rows, others = [], changes or (options.episodes, options.seed) != (600, 0)  # than are kept
     for run in options.runs:
         best, file = Path(run) / "best.pt", Path(run) / "eval.json"
-        others = changes or (options.episodes, options.seed) != (600, 0)  # than are kept
         if best.exists() or others or not file.exists():
             rows.append(measure(run, options, changes, device))
         else:
             rows.append({**kept(file)[0], "run": run})
-        if in_full:
-            print("\n".join(report(rows[-1])), flush=True)
-    if not in_full:
-        print("\n".join(overview(rows)))
     if options.json:
         save(options.json, (json.dumps(rows, indent=1) + "\n").encode())
     if options.plot:
         plot(rows, options.plot)
+    in_full = len(rows) == 1 or options.gates
+    lines = [line for row in rows for line in report(row)] if in_full else overview(rows)
+    print("\n".join(lines))
 
 if __name__ == "__main__":
     main()

@@ -692,7 +692,7 @@ def test_bad_arguments():
     """Nothing is written. A run is not replaced unasked, nor resumed with flags it does not fit."""
     out, argv = new_folder() / "out", f"{TINY_COPY} --rule none --steps 2"
     wrong = re.split(r"; |\n +", WRONG + "; --device cuda" * (not torch.cuda.is_available()))
-    others = {"--resume": ["ckpt.pt"], "--d-model 4000000": ["memory", "--batch-size"]}
+    others = {"--resume": ["ckpt.pt"], "--d-ff 4000000000": ["memory", "--batch-size"]}
     for flags, reasons in {**{of: of.split()[:2] for of in wrong}, **others}.items():
         line = call(train, f"{flags} --out-dir {out} --data-dir {fake_packs()}", 2)
         assert all(of in line for of in reasons) and not out.exists(), f"{flags}: {line}"
