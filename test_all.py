@@ -297,6 +297,7 @@ def test_no_rule_has_parameters_it_does_not_use():
                  if not re.search(r"(^|\.)(weight|bias|position)$", name)}
         assert found == expected | (alphas[alpha] if rule in PLASTIC else set())
         assert len(model.head.bias) == 5 + (rule in PLASTIC) + Config.aux_dim * (rule == "gradient")
+        assert not model.embed.token.weight[0].any(), "a blank that says something is echoed"
 
 def test_finite_at_the_edges():
     """Zeros, long (LONG=2000), eta_0 of 1, one image; without clipping Hebbian writes multiply."""
@@ -544,6 +545,7 @@ def test_fast_weights_learn_and_are_used():
         for word in ("shown", "right", "answered", "silenced"):
             assert (word in said and word in text) == (word != "silenced" or rule != "none")
         assert "mse 0.0833 is guessing, 0 perfect" in said and "% of perfect by update" in said
+        assert rule == "none" or not re.search(r"answered +(.*)\n +silenced +\1", text)
         row, = json.loads((run / "e.json").read_text())
         assert row["score"] < 0.02 or rule == "none", f"{rule}: {row['score']:.4f}"
         chance = row["score" if rule == "none" else "lesion"]
