@@ -252,9 +252,9 @@ def begin(args):
     if not rank:
         for name in () if state else ("best.pt", "metrics.jsonl", "eval.json"):  # of an older run
             (path.parent / name).unlink(missing_ok=True)
-        done = state["run"]["step"] if state else 0
-        print(f"{args.task}, rule {args.rule}, on {device}, in {args.out_dir}, {done}/{args.steps} "
-              f"done; {task.metric} {task.chance:.3g} is guessing, {task.perfect:g} perfect")
+        done = f"{state['run']['step'] if state else 0}/{args.steps} done"
+        print(f"{args.task}, rule {args.rule}, on {device}, in {args.out_dir}, {done};"
+              f" {task.metric} {task.chance:.3g} is guessing, {task.perfect:g} perfect", flush=True)
     train(args, task, model.to(device), device, state, rank, world)
 
 # ------ Saving and loading, devices, torchrun: nothing below is about learning. ------
@@ -269,7 +269,7 @@ def one_line():
     try:
         yield
     except BrokenPipeError:  # who read our output has left, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os._exit(1)  # at once, as what is left to print has nowhere to go
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
@@ -291,9 +291,9 @@ def save(path, content):
         raise OSError(f"{path} cannot be written: {error}".split("\n")[0]) from error
 
 def save_checkpoint(run, args, model, optimizer, generator):
-    parts = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-    save(Path(args.out_dir) / "ckpt.pt",
-         dict(parts, run=run, args=vars(args), generator=generator.get_state()))
+    parts = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), run=run)
+    parts.update(args=vars(args), generator=generator.get_state())
+    save(Path(args.out_dir) / "ckpt.pt", parts)
 
 def load_run(path, changes=()):
     """-> checkpoint, task, model, with some settings changed. ValueError where it does not fit."""

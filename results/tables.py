@@ -188,6 +188,9 @@ def pages():
         results += [[name, *by_rule(cells, f"{task}-*"), paper],
                     [f"the same, window {window}", *by_rule(cells, f"{task}-*-w{window}"), "-"]]
     blocks["results"] = table(["mean ± s.d. (seeds)", *RULES.values(), "paper's best"], results[2:])
+    for n, of in enumerate(kept(HERE / "tuning.jsonl"), 1):  # line n is cell tuning-n
+        metric = "accuracy" if "--task copy" in of["flags"] else "mse"
+        cells[f"tuning-{n}"] = [dict(of, metric=metric, score=of["validation"][-1][1])]
     return {path: fill(path.read_text(), cells, blocks)
             for path in (HERE / "README.md", HERE.parent / "README.md")}
 
