@@ -5,19 +5,25 @@
     python eval.py results/copy-*-w8-s?                   # of several runs a line each
     python eval.py results/copy-*-w8-s? --plot FILE.png   # how they learned, and what they write
 
-All is measured on best.pt. Runs kept without it, as in results/, have it in their eval.json.
+Scores are those of best.pt, gates those of ckpt.pt, the end of training. Runs that are kept without
+them, as in results/, have all in their eval.json.
 """
 import argparse
 import importlib.util
 import io
 import json
 import math
-import statistics
 from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
+
+import torch
 
 from tasks import TASKS, random_generator, show
 from train import add_flags, evaluate, fail, load_run, number, one_line, prepare, save
+
+FIGURES = ("persistence", "cap_share", "change", "selectivity", "eta_selectivity", "share_of_pairs",
+           "items_over_rest")  # what is said of the gates
 
 def measure(run, options, changes, device):
     """All that is said of one run, as a dict that JSON can hold. ValueError where there is none."""
@@ -26,56 +32,85 @@ def measure(run, options, changes, device):
         changes = {"queries": 15, **changes}  # of each class, as in the literature
     for name in {*changes} - {*trained}:
         raise ValueError(f"--{name.replace('_', '-')} is no size of the task of {run}")
-    state, task, model = load_run(Path(run) / "best.pt", {"min_delay": None, **changes})
+    changes = {"min_delay": None, **changes}
+    state, task, model = load_run(Path(run) / "best.pt", changes)
     sizes = {of.name: n for of in fields(task) if isinstance(n := getattr(task, of.name), int)}
     print(f"measuring {run} on {options.episodes} episodes", flush=True)
-    model.to(device)
 
-    def test():  # the same episodes each time
-        return evaluate(model, task, "test", options.episodes, options.batch_size,
+    def test(model):  # on the same episodes each time
+        return evaluate(model.to(device), task, "test", options.episodes, options.batch_size,
                         random_generator(options.seed, "test"), device)
 
-    result = test()
+    result = test(model)
+    scores, shown = result["scores"], result["shown"]
     row = dict(run=str(run), task=trained["task"], rule=trained["rule"], seed=trained["seed"],
                args=trained, sizes=sizes, step=state["step"], metric=task.metric,
                chance=task.chance, episodes=options.episodes, loss=result["loss"],
-               score=result["score"], interval=interval(result["scores"]), gates=result["gates"],
-               steps=task.step_names, answers=[*show(model, task, "test", device)])
-    if row["gates"]:
+               score=result["score"], interval=interval(scores), steps=task.step_names,
+               answers=[*show(model, task, "test", device)], gates=None)
+    if shown is not None:  # the mean score of the answers that need step t
+        row["by_step"] = [[t, scores[shown == t].mean().item()] for t in shown.unique().tolist()]
+    if result["gates"] is not None:
         # the lesion: the same model on the same episodes, but nothing is ever written
         model.plasticity.eta0 = 0.0
-        lesioned = test()
-        row.update(lesion=lesioned["score"], lesion_interval=interval(lesioned["scores"]),
-                   **gate_figures(row["gates"], task.step_names, trained["eta0"]))
+        lesioned = test(model)
+        row.update(lesion=lesioned["score"], lesion_interval=interval(lesioned["scores"]))
+        # the gates are those of the end of training, whenever the model was the best
+        _, _, model = load_run(Path(run) / "ckpt.pt", changes)
+        row.update(gate_figures(test(model)["gates"], shown, model, task.step_names))
     return row
 
 def interval(scores):
-    """Half the 95% confidence interval of the mean of scores (n,): 1.96 standard errors."""
-    return 1.96 * scores.std().item() / math.sqrt(len(scores)) if len(scores) > 1 else math.inf
+    """Half the 95% interval of the mean of scores (n, L) of n episodes: 1.96 standard errors."""
+    scores, n = scores.mean(1), len(scores)
+    if n > 1 and scores.eq(1).all():
+        return 1.96**2 / (n + 1.96**2)  # Wilson's: n right of n is no certainty
+    return 1.96 * scores.std().item() / math.sqrt(n) if n > 1 else math.inf
 
-def gate_figures(gates, steps, eta0):
-    # eta_t and eta_t * ||D_t||, means over the steps
-    figures = dict(eta=statistics.fmean(gates["eta"]), write_norm=statistics.fmean(gates["write"]))
-    figures["persistence"] = figures["eta"] / eta0 if eta0 else None  # the share of eta_0 used
-    if {"item"} < {*steps}:
-        items = [w for step, w in zip(steps, gates["write"]) if step == "item"]
-        others = [w for step, w in zip(steps, gates["write"]) if step != "item"]
-        # selectivity: the mean write at the steps that show an item over that at the others
-        figures["selectivity"] = statistics.fmean(items) / max(statistics.fmean(others), 1e-12)
+def gate_figures(gates, shown, model, steps):
+    """Of gates (4, n, T) by train.evaluate, where what is asked for was `shown` (n, L)."""
+    (eta, _, write, change), rule = gates, model.plasticity  # (n, T) each
+    capped = write / rule.eta0 / rule.max_norm  # as a share of the most that these two allow
+    slow = [layer.weight for layer in model.modules() if hasattr(layer, "alpha")]
+    slow = sum(W.square().sum().item() for W in slow) ** 0.5  # ||W||
+    figures = dict(gates=dict(zip(("eta", "d_norm", "write", "change"), gates.mean(1).tolist())),
+                   persistence=(eta.mean() / rule.eta0).item(), cap_share=capped.mean().item(),
+                   change=change.mean().item() / slow, writes={"": capped.mean(0).tolist()})
+    if n := steps.count("item"):  # which come first: so this is no measure of salience
+        figures["items_over_rest"] = (write[:, :n].mean() / write[:, n:].mean()).item()
+    if shown is None:
+        return figures
+    counts = torch.zeros_like(write, dtype=torch.bool).scatter(1, shown, True)  # (n, T)
+    both = counts.any(0) & ~counts.all(0)  # (T): steps that count in some episodes, not in all
+    if both.any():
+        one, other, eta_one, eta_other = (  # means at steps that count and at the others, (T) each
+            (of * kind).sum(0) / kind.sum(0) for of in (capped, eta) for kind in (counts, ~counts))
+        more = torch.cat([(write[counts[:, t], t][:, None] - write[~counts[:, t], t]).flatten()
+                          for t in both.nonzero().flatten()])  # of all pairs at the same position
+        figures.update(selectivity=(one / other)[both].mean().item(),
+                       eta_selectivity=(eta_one / eta_other)[both].mean().item(),
+                       share_of_pairs=(1 + more.sign().mean().item()) / 2,  # equal is half
+                       writes={", counts": one.tolist(), ", noise": other.tolist()})
     return figures
 
 def report(row):
     """One run as lines of text: its figures, some answers, then a bar for each step's write."""
     yield (f"{row['run']}: {row['task']}, rule {row['rule']}, window {row['args']['window']}, "
-           f"seed {row['seed']}, " + "".join(f"{k} {v}, " for k, v in row["sizes"].items())
+           f"seed {row['seed']}, " + "".join(f"{k} {v}, " for k, v in row["sizes"].items() if v)
            + f"best at step {row['step']}")
-    yield (f"  test {row['metric']:13} {row['score']:.5f} ± {row['interval']:.5f}   "
-           f"(95% interval, {row['episodes']} episodes; guessing {row.get('chance', '?'):.5})")
+    for name, key, half in ((f"test {row['metric']}", "score", "interval"),
+                            ("lesioned (eta = 0)", "lesion", "lesion_interval")):
+        if key in row:
+            low, high = max(0, row[key] - row[half]), row[key] + row[half]
+            high = min(high, 1) if row["metric"] == "accuracy" else high
+            yield (f"  {name:18} {row[key]:.5f}   95% interval {low:.5f} to {high:.5f}, "
+                   f"{row['episodes']} episodes; guessing {row.get('chance', '?'):.5}")
+    if "by_step" in row:
+        yield "  by step shown " + " ".join(f"{score:.3g}" for _, score in row["by_step"])[:86]
     gates = row["gates"]
     if gates:
-        yield f"  lesioned (eta = 0) {row['lesion']:.5f} ± {row['lesion_interval']:.5f}"
-        yield "  " + "   ".join(f"{name.replace('_', ' ')} {row[name]:.5f}" for name in (
-            "eta", "write_norm", "persistence", "selectivity") if row.get(name) is not None)
+        yield "  " + "   ".join(f"{name.replace('_', ' ')} {row[name]:.5f}"
+                                for name in FIGURES if name in row)
     yield from row.get("answers", ())
     if gates:
         yield f"  {'step':14} {'eta':>8} {'||D||':>9} {'write':>8}   (means of all episodes)"
@@ -86,11 +121,11 @@ def report(row):
 
 def overview(rows):
     """Of several runs a line each."""
-    names = ("score", "interval", "lesion", "eta", "write_norm", "selectivity")
-    yield f"{'run':32} " + " ".join(f"{name:>10}" for name in names)
+    names = ("score", "interval", "lesion", *FIGURES[:4])
+    yield f"{'run':32} " + " ".join(f"{name:>11}" for name in names)
     for row in rows:
         figures = ["-" if row.get(of) is None else f"{row[of]:.5f}" for of in names]
-        yield f"{row['run'][-32:]:32} " + " ".join(f"{figure:>10}" for figure in figures)
+        yield f"{row['run'][-32:]:32} " + " ".join(f"{figure:>11}" for figure in figures)
 
 def kept(path):
     """The list that --json wrote (.json) or train.py logged (.jsonl). ValueError."""
@@ -106,41 +141,36 @@ def learning_curve(run):
 
 def plot(rows, path):
     """Left the validation score by update, a thin line a run and a bold one their mean; right what
-    each rule writes at each step, as a share of its largest write."""
+    each rule writes at each step, as a share of the most that eta_0 and max_norm allow."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    curves, strips = figure.subplots(1, 2)
-    task, metric, sizes, shares = *(rows[0][k] for k in ("task", "metric", "sizes")), {}
+    (left, right), strips = figure.subplots(1, 2), {}
     rules = dict.fromkeys(["none", "hebbian", "gradient", *(row["rule"] for row in rows)])
     for color, rule in zip(("0.5", "C0", "C1", "C2", "C3"), rules):
         group = [row for row in rows if row["rule"] == rule]
         lines = [learning_curve(row["run"]) for row in group]
         for line in lines:
-            steps, scores, _ = zip(*line)
-            curves.plot(steps, scores, color=color, linewidth=0.6)
-        mean = [statistics.fmean(score for _, score, _ in at) for at in zip(*lines)]
-        curves.plot(steps[:len(mean)] if mean else [], mean, color=color, linewidth=2)
-        if mean:  # the name of the rule, where its curve is half way up
-            middle = (min(mean) + max(mean)) / 2
-            at = min(range(len(mean)), key=lambda i: abs(mean[i] - middle))
-            curves.annotate(f"  {rule}", (steps[at], mean[at]), color=color, va="bottom")
-        if group and group[0]["gates"]:
-            writes = [statistics.fmean(at) for at in zip(*(row["gates"]["write"] for row in group))]
-            shares[rule] = [write / max(1e-12, *writes) for write in writes]
-    curves.axhline(rows[0].get("chance", math.nan), color="0.5", linestyle="dashed", linewidth=1)
-    curves.set(xlabel="update", ylabel=f"validation {metric}",
-               yscale="log" if metric == "mse" else "linear")
-    if shares:
-        image = strips.imshow([*shares.values()], norm=LogNorm(1e-3, 1), aspect="auto")
-        strips.set_yticks(range(len(shares)), shares)
-        figure.colorbar(image, label="write / largest")
-    if task == "copy":
-        n, delay = sizes["seq_len"], sizes["delay"]
-        words = [f"{n} items", f"{delay} blanks", "recall"]
-        strips.set_xticks([0, n, n + delay + 1], words, ha="left")
-    strips.set(xlabel="step of the episode")
+            left.plot(*[*zip(*line)][:2], color=color, linewidth=0.6)
+        if lines:
+            mean = [(at[0][0], fmean(score for _, score, _ in at)) for at in zip(*lines)]
+            left.plot(*zip(*mean), color=color, linewidth=2, label=rule)
+        for kind in group[0].get("writes", ()) if group else ():
+            writes = zip(*(row["writes"][kind] for row in group))
+            strips[rule + kind] = [fmean(at) for at in writes]
+    left.axhline(rows[0].get("chance", math.nan), color="0.5", linestyle="dashed", linewidth=1)
+    left.set(xlabel="update", ylabel=f"validation {rows[0]['metric']}",
+             yscale="log" if rows[0]["metric"] == "mse" else "linear")
+    left.legend()
+    if strips:
+        image = right.imshow([*strips.values()], norm=LogNorm(1e-3, 1), aspect="auto")
+        right.set_yticks(range(len(strips)), strips)
+        figure.colorbar(image, label="write / its cap")
+    steps = rows[0].get("steps", [])
+    names = [name for name in dict.fromkeys(steps) if steps.count(name) > 1]
+    right.set_xticks([steps.index(name) for name in names], names, ha="left")
+    right.set(xlabel="step of the episode")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format=Path(path).suffix[1:] or "png")
     save(path, picture.getvalue())

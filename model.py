@@ -24,8 +24,7 @@ class Config:
     block_size: Annotated[int, "learned positions; 0: as many as an episode has", 0] = 0
     filters: Annotated[int, "filters of each convolution", 1] = 64
     rule: Annotated[Literal["none", "hebbian", "gradient"], "none: a plain GPT"] = "hebbian"
-    alpha: Annotated[Literal["full", "outer"], "a plasticity for each connection, or (faster) the "
-                     "product of one for each input and one for each output"] = "full"
+    plastic: Annotated[Literal["all", "last"], "in which blocks the feed-forward is"] = "all"
     alpha_init: Annotated[float, "where alpha and beta start", 0, 1000] = 80.0
     eta0: Annotated[float, "eta_0, the largest rate of a write", 0, 1] = 0.02
     max_norm: Annotated[float, "a write with a larger ||D_t|| is scaled down to it", 1e-9] = 1.0
@@ -87,14 +86,15 @@ def rotate(x, angle):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, plastic):
         super().__init__()
-        C, alpha_init = config.d_model, None if config.rule == "none" else config.alpha_init
+        C, self.plastic = config.d_model, plastic
+        alpha_init = config.alpha_init if plastic else None
         self.norm1 = nn.LayerNorm(C)
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(C)
-        self.up = PlasticLinear(C, config.d_ff, alpha_init, config.alpha == "outer")
-        self.down = PlasticLinear(config.d_ff, C, alpha_init, config.alpha == "outer")
+        self.up = PlasticLinear(C, config.d_ff, alpha_init)
+        self.down = PlasticLinear(config.d_ff, C, alpha_init)
 
     def forward(self, x, at, mask, past=None, fast=None):
         """x (B, T, C) -> (B, T, C); keys and values. at, mask, past: see Attention."""
@@ -106,6 +106,7 @@ class Block(nn.Module):
         return x + out, past
 
     def feed_forward(self, x, fast=None):
+        fast = fast if self.plastic else None
         return x + self.down(F.gelu(self.up(self.norm2(x), fast)), fast)
 
 class Conv4(nn.Module):
@@ -183,7 +184,8 @@ class Transformer(nn.Module):
         scale = 1.0 if task.kind == "token" else 0.02  # in copying order is the task: be loud
         self.position = (nn.Parameter(scale * torch.randn(self.block_size, C))
                          if config.position == "learned" else None)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        plastic = [config.plastic == "all"] * (config.n_layer - 1) + [True]  # which blocks are
+        self.blocks = nn.ModuleList(Block(config, of and config.rule != "none") for of in plastic)
         self.norm = nn.LayerNorm(C)
         self.head = nn.Linear(C, self.plasticity.n_head)
         for name, parameter in self.blocks.named_parameters():

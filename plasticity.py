@@ -23,26 +23,13 @@ import torch
 from torch import nn
 
 class PlasticLinear(nn.Linear):
-    """Slow weights W (out, in), b (out) and the plasticity of each: alpha (out, in), beta (out).
+    """Slow weights W (out, in), b (out) and the plasticity of each, alpha (out, in), beta (out)."""
 
-    These start at `alpha_init`; None: no plasticity. outer: alpha_ij = alpha_post_i * alpha_pre_j.
-    """
-
-    def __init__(self, d_in, d_out, alpha_init=1.0, outer=False):
+    def __init__(self, d_in, d_out, alpha_init=1.0):  # where alpha and beta start; None: neither
         super().__init__(d_in, d_out)
-        self.outer = outer
-        if alpha_init is None:
-            return
-        if outer:
-            self.alpha_post = nn.Parameter(torch.full((d_out,), alpha_init**0.5))
-            self.alpha_pre = nn.Parameter(torch.full((d_in,), alpha_init**0.5))
-        else:
-            self.alpha_full = nn.Parameter(torch.full((d_out, d_in), float(alpha_init)))
-        self.beta = nn.Parameter(torch.full((d_out,), float(alpha_init)))
-
-    @property
-    def alpha(self):  # (out, in)
-        return torch.outer(self.alpha_post, self.alpha_pre) if self.outer else self.alpha_full
+        if alpha_init is not None:
+            self.alpha = nn.Parameter(torch.full((d_out, d_in), float(alpha_init)))
+            self.beta = nn.Parameter(torch.full((d_out,), float(alpha_init)))
 
     def forward(self, x, fast=None):
         """x (B, T, in) -> y (B, T, out). Without `fast`, P_t and p_t are zero."""
@@ -84,7 +71,8 @@ class Plasticity(nn.Module):
 class FastWeights:
     """The fast weights of every plastic layer over a batch of B episodes, as the equations say.
 
-    Every layer reads once a step, then write() ends the step. `eta` and `norm` list what it found.
+    Every layer reads once a step, then write() ends the step and notes eta_t and ||D_t||, and where
+    it is not learning also `change`: eta_t ||alpha ∘ D_t||, how much it adds to the weights.
     """
 
     def __init__(self, plasticity, fold=None):
@@ -94,7 +82,7 @@ class FastWeights:
         self.P = defaultdict(float)  # layer: P_t, at first 0, then (B, out, in)
         self.p = defaultdict(float)  # layer: p_t, at first 0, then (B, 1, out)
         self.now = {}  # layer: x_t (B, 1, in) and y_t (B, 1, out) of the present step
-        self.eta, self.norm = [], []
+        self.eta, self.norm, self.change = [], [], []  # (B, 1) a step
 
     def read(self, layer, x):
         """x (B, T, in) -> y (B, T, out), of one step of the context or of T queries."""
@@ -111,8 +99,13 @@ class FastWeights:
         norms = [u.norm(dim=-1) * x.norm(dim=-1) for x, u in zip(pre, post)]  # (B, 1) each
         norm = torch.stack(norms, -1).norm(dim=-1, keepdim=True).clamp(min=1e-15)  # (B, 1, 1)
         eta = self.plasticity.eta(z, norm)  # (B, 1, 1)
-        self.eta.append(eta.detach().flatten(1))  # (B, 1)
-        self.norm.append(norm.detach().flatten(1))  # (B, 1)
+        self.eta.append(eta.detach().flatten(1))
+        self.norm.append(norm.detach().flatten(1))
+        if not self.learning:
+            # ||alpha ∘ u xᵀ||_F² = (u ∘ u)ᵀ (alpha ∘ alpha) (x ∘ x)
+            squares = [(u.square() @ layer.alpha.square() * x.square()).sum(-1)
+                       for layer, x, u in zip(self.now, pre, post)]  # (B, 1) each
+            self.change.append((eta.flatten(1) * sum(squares).sqrt()).detach())
         with torch.set_grad_enabled(self.learning):
             self.store(eta, zip(self.now, pre, post))
 
@@ -146,18 +139,11 @@ class UnrolledFastWeights(FastWeights):
         if layer in self.P:
             y = y + self.decay * self.P[layer].times(x)  # (1 - eta_t0) ... (1 - eta_{t-1}) P_t0 x
         if layer in self.pre:
-            y = y + self.read_terms(layer, x)
+            # sum_s c_ts u_s ∘ (alpha (x_s ∘ x)): attention with a weight for each connection
+            match = (self.pre[layer] * x) @ layer.alpha.mT  # (B, S, out)
+            y = y + torch.bmm(self.c.mT, self.post[layer] * match)
         self.now[layer] = x, y
         return y
-
-    def read_terms(self, layer, x):
-        c, pre, post = self.c, self.pre[layer], self.post[layer]
-        if layer.outer:
-            # alpha_post ∘ sum_s c_ts (x_s · (alpha_pre ∘ x)) u_s: one number for each write
-            match = (pre * (layer.alpha_pre * x)).sum(-1, keepdim=True)  # (B, S, 1)
-            return layer.alpha_post * torch.bmm((c * match).mT, post)
-        # sum_s c_ts u_s ∘ (alpha (x_s ∘ x)): attention with a weight for each connection
-        return torch.bmm(c.mT, post * ((pre * x) @ layer.alpha.mT))
 
     def store(self, eta, writes):
         c = self.c if self.pre else eta[:, :0]  # (B, S, 1)

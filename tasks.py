@@ -1,15 +1,17 @@
 """The five tasks of arXiv 2510.21908, each a source of batches of episodes.
 
 A task draws B episodes of a split by `sample(split, batch_size, generator)`, has a `loss(out,
-target)` to train on, a `score(out, target)` of each episode, and `describe(x, y)`: a word for each
+target)` to train on, a `score(out, target)` of each answer, and `describe(x, y)`: a word for each
 of N steps with inputs x and values, labels or answers y. It says of itself
 
     kind         token, vector or image, with a vocab_size, n_features or image_shape: model.Embed
     n_out        numbers in an answer; metric, perfect: what its score is called, and the best
-    step_names   what each step of its context is; "item" is what must be remembered
+    step_names   what each step of its context is
     chance       the score of guessing
 
-Its fields are the sizes of an episode. Splits differ in random numbers, with images in classes.
+Its fields are the sizes of an episode. `shown(episodes)`, if it has that, says for each answer at
+which step what it asks for was shown, (B, L). Splits differ in random numbers, in copy also in
+sequences, with images in classes.
 """
 import os
 import tempfile
@@ -48,8 +50,8 @@ class Classification:
     def loss(self, out, target):
         return F.cross_entropy(out[:, -target.size(1):].flatten(0, 1), target.flatten())
 
-    def score(self, out, target):  # (B,), on the CPU, as MPS has no double precision
-        return (out[:, -target.size(1):].argmax(-1) == target).cpu().double().mean(1)
+    def score(self, out, target):  # (B, L), on the CPU, as MPS has no double precision
+        return (out[:, -target.size(1):].argmax(-1) == target).cpu().double()
 
     def describe(self, x, y):
         return [str(of) for of in (x if y is None else y).tolist()]  # tokens shown; labels
@@ -61,8 +63,8 @@ class SquaredError:
     def loss(self, out, target):
         return F.mse_loss(out, target)
 
-    def score(self, out, target):  # (B,)
-        return (out - target).cpu().double().square().mean((1, 2))
+    def score(self, out, target):  # (B, Q)
+        return (out - target).cpu().double().square().squeeze(2)
 
     def describe(self, x, y):
         return [f"{value:+.2f}" for value in y[:, 0].tolist()]
@@ -71,10 +73,11 @@ class SquaredError:
 class Copy(Classification):
     """Tokens of 1..V-2, `delay` blanks (0), a delimiter (V-1), a blank to recall each token at."""
     kind = "token"
-    seq_len: Annotated[int, "tokens to remember", 1] = 5
+    seq_len: Annotated[int, "tokens to remember", 2] = 5
     delay: Annotated[int, "blanks before the delimiter", 0] = 20
-    vocab_size: Annotated[int, "tokens there are, blank and delimiter included", 4] = 10
+    vocab_size: Annotated[int, "tokens there are, blank and delimiter included", 5] = 10
     min_delay: Annotated[int, "train on delays from this to --delay, not on that alone", 0] = None
+    distractors: Annotated[int, "1: random tokens instead of the blanks", 0, 1] = 0
 
     def __post_init__(self):
         if self.min_delay is not None and self.min_delay > self.delay:
@@ -83,36 +86,60 @@ class Copy(Classification):
         self.step_names = ["item"] * n + ["blank"] * self.delay + ["delimiter"] + ["recall"] * n
 
     def sample(self, split, batch_size, generator):
-        B, L, delay = batch_size, self.seq_len, self.delay
-        items = torch.randint(1, self.vocab_size - 1, (B, L), generator=generator)  # (B, L)
+        B, L, V, delay = batch_size, self.seq_len, self.vocab_size, self.delay
+        items, wrong = torch.zeros(B, L, dtype=torch.long), torch.ones(B, dtype=torch.bool)
+        while wrong.any():
+            items[wrong] = torch.randint(1, V - 1, (wrong.sum(), L), generator=generator)
+            # a sequence's sum modulo 5 says its split: 0, 1 and 2 train, 3 validates, 4 tests
+            wrong = (items.sum(1) % 5 - 2).clamp(min=0) != SPLITS.index(split)  # (B)
         if split == "train" and self.min_delay is not None and self.min_delay < delay:
             delay = torch.randint(self.min_delay, delay + 1, (), generator=generator).item()
         context = torch.zeros(B, 2 * L + delay + 1, dtype=torch.long)  # (B, T)
         context[:, :L] = items
-        context[:, L + delay] = self.vocab_size - 1
+        if self.distractors:
+            context[:, L:L + delay] = torch.randint(1, V - 1, (B, delay), generator=generator)
+        context[:, L + delay] = V - 1
         return Episodes(context, None, None, items)
+
+    def shown(self, episodes):
+        return torch.arange(self.seq_len).expand_as(episodes.target)
 
 @dataclass
 class Cue(SquaredError):
     """Pairs of a one-hot cue and a reward in [0, 1]; then each cue again, in random order."""
     pairs: Annotated[int, "pairs of a cue and its reward", 1] = 8
     cues: Annotated[int, "cues there are", 1] = 20
+    noise: Annotated[int, "pairs at random times among them that do not count, as one more feature "
+                     "says: nobody asks for these", 0] = 0
 
     def __post_init__(self):
         if self.pairs > self.cues:
             raise ValueError(f"--pairs {self.pairs} is more than the --cues {self.cues} there are")
-        self.n_features, self.chance, self.step_names = self.cues, 1 / 12, ["pair"] * self.pairs
+        self.n_features, self.chance = self.cues + (self.noise > 0), 1 / 12
+        self.step_names = ["pair"] * (self.pairs + self.noise)
 
     def sample(self, split, batch_size, generator):
-        B, T = batch_size, self.pairs
-        cues = torch.rand(B, self.cues, generator=generator).argsort(dim=1)[:, :T]  # (B, T)
+        B, N, T = batch_size, self.pairs, self.pairs + self.noise
+        cues = torch.rand(B, self.cues, generator=generator).argsort(dim=1)[:, :N]  # all different
+        noise = torch.randint(self.cues, (B, self.noise), generator=generator)
         reward = torch.rand(B, T, 1, generator=generator)
-        x = torch.eye(self.cues)[cues]  # (B, T, cues)
-        query_x, order = shuffle(x, generator)
-        return Episodes(x, reward, query_x, reward.gather(1, order[..., None]))
+        x = torch.eye(self.cues)[torch.cat([cues, noise], dim=1)]  # (B, T, cues)
+        if self.noise:
+            x = F.pad(x, (0, 1))
+            x[:, :N, -1] = 1  # (B, T, cues + 1)
+        query_x, order = shuffle(x[:, :N], generator)
+        target = reward.gather(1, order[..., None])  # (B, N, 1)
+        if self.noise:
+            x, order = shuffle(x, generator)
+            reward = reward.gather(1, order[..., None])
+        return Episodes(x, reward, query_x, target)
+
+    def shown(self, episodes):
+        return (episodes.query_x @ episodes.support_x.mT).argmax(-1)
 
     def describe(self, x, y):
-        return [f"{c}:{r:.2f}" for c, r in zip(x.argmax(-1).tolist(), y[:, 0].tolist())]
+        cues = x[:, :self.cues].argmax(-1).tolist()
+        return [f"{cue}:{reward:.2f}" for cue, reward in zip(cues, y[:, 0].tolist())]
 
 @dataclass
 class Regression(SquaredError):

@@ -56,7 +56,7 @@ FOLDERS = tempfile.TemporaryDirectory()  # removed when the tests end
 class Oracle:
     """Section 1 of the paper: one sequence, one step at a time, an explicit P_t. Not batched."""
     def __init__(self, model, episodes, b):  # of which it reads episode b
-        self.model, self.config, self.etas = model, model.config, []
+        self.model, self.config, self.etas, self.changes = model, model.config, [], []
         self.P, self.p = collections.defaultdict(float), collections.defaultdict(float)
         self.x, self.y = {}, {}  # what each layer read at this step, and its output
         self.past = [[] for _ in model.blocks]  # of each block: key and value of every step
@@ -70,7 +70,8 @@ class Oracle:
     def read(self, layer, x):
         # y_t = (W + P_t) x_t + (b + p_t)
         y = (layer.weight + self.P[layer]) @ x + (layer.bias + self.p[layer])
-        self.x[layer], self.y[layer] = x, y
+        if hasattr(layer, "alpha"):  # else P_t and p_t stay zero
+            self.x[layer], self.y[layer] = x, y
         return y
 
     def write(self, z):
@@ -91,6 +92,8 @@ class Oracle:
         gate = 1.0 if self.config.ablate == "eta" else torch.sigmoid(z[self.model.n_out])
         eta = self.config.eta0 * gate * torch.clamp(self.config.max_norm / norm, max=1)
         self.etas.append(eta)
+        changed = [eta * layer.alpha * D_t for layer, D_t in D.items()]
+        self.changes.append(torch.cat([of.flatten() for of in changed]).norm())
         with torch.set_grad_enabled(self.config.ablate != "backward"):
             for layer in D:
                 # P_{t+1} = (1 - eta_t) P_t + eta_t * alpha ∘ D_t
@@ -169,6 +172,9 @@ def check_against_oracle(task, rule, **sizes):
         with torch.no_grad():  # evaluation keeps no history, and must say the same
             evaluated, again = model(episodes)
         assert not evaluated.requires_grad
+        for b, oracle in enumerate(oracles) if rule != "none" else ():
+            change = torch.cat(again.change, dim=1)[b]
+            assert_close(change, torch.stack(oracle.changes[:len(change)]), f"{form}: the change")
         for answer, found in ((out, fast), (evaluated, again)):
             assert_close(answer, expected, f"{form}: the answer")
             if rule != "none":
@@ -187,12 +193,12 @@ def test_oracle():
     # a fold of 40, as of 32 elsewhere, is only for queries
     cases += [(task, dict(fold=n)) for n, task in product((1, 2, 3, 40), (copy, cue, Cue(1, 6)))]
     cases += [(task, dict(fold=2, window=n)) for n, task in product((1, 2, 4), (copy, cue))]
-    for rule, alpha, (task, sizes) in product(RULES, ("full", "outer"), cases):
-        check_against_oracle(task, rule, alpha=alpha, **sizes)
-    model = small_model(Copy(2, 2, 5), "hebbian", alpha="outer", block_size=4, **rotary)
+    last = dict(plastic="last")  # in front of it a block that only attends, and one that does not
+    cases += [(task, dict(last, n_layer=n, fold=2)) for n, task in product((1, 3), (copy, cue))]
+    for rule, (task, sizes) in product(RULES, cases):
+        check_against_oracle(task, rule, **sizes)
+    model = small_model(Copy(2, 2, 5), "hebbian", block_size=4, **rotary)
     assert model(draw(Copy(2, 40, 5), 2))[0].shape == (2, 45, 5)  # there is no longest episode
-    layer = model.blocks[0].up
-    assert (layer.alpha == layer.alpha_post[:, None] * layer.alpha_pre).all()
 
 def test_oracle_with_clipping_and_ablations():
     """All learns, what the paper's code detaches too, but for what an ablation stops."""
@@ -201,7 +207,7 @@ def test_oracle_with_clipping_and_ablations():
         assert share >= {*(torch.cat(fast.norm, 1) > max_norm).flatten().int().tolist()}
     settings = product(PLASTIC, ("none", "eta", "alpha", "backward"), (Copy(2, 2, 5), Cue(4, 6)))
     for rule, ablate, task in settings:
-        for form in (dict(fold=2), dict(fold=2, alpha="outer"), dict(fold=40)):
+        for form in (dict(fold=2), dict(fold=40)):
             _, grads = check_against_oracle(task, rule, ablate=ablate, **form)
         learned = [name for name in grads if re.search("alpha|beta|w_out", name)]
         w_out = rule == "gradient" and ablate != "backward"
@@ -217,9 +223,9 @@ def test_oracle_with_clipping_and_ablations():
 
 def test_gradcheck():
     """Against finite differences, which owe nothing to anybody's derivatives; several passes."""
-    forms = product(("full", "outer"), (dict(fast_weights="literal"), dict(fold=40), dict(fold=2)))
-    for rule, (alpha, form), task in product(PLASTIC, forms, (Copy(1, 1, 4), Cue(3, 3))):
-        model = small_model(task, rule, n_layer=1, n_head=1, d_model=3, d_ff=3, alpha=alpha, **form)
+    forms = dict(fast_weights="literal"), dict(fold=40), dict(fold=2)
+    for rule, form, task in product(PLASTIC, forms, (Copy(1, 1, 4), Cue(3, 3))):
+        model = small_model(task, rule, n_layer=1, n_head=1, d_model=3, d_ff=3, **form)
         episodes, values = draw(task, 1), [*model.parameters()]  # which gradcheck changes in place
         assert torch.autograd.gradcheck(lambda *_: model(episodes)[0], values, fast_mode=True)
 
@@ -279,7 +285,7 @@ def test_a_window_hides_what_fast_weights_carry():
 def test_on_another_device():
     """Forward and backward on PyTorch's meta device: no tensor is made in a wrong place."""
     sources = (Copy(2, 1, 5), Cue(4, 6), Regression(2, 4, 3), FewShot("omniglot", fake_packs(), 3))
-    forms = dict(alpha="outer", fold=2), dict(fast_weights="literal", position="rotary", window=3)
+    forms = dict(plastic="last", fold=2), dict(fast_weights="literal", position="rotary", window=3)
     for task, rule, sizes in product(sources, RULES, forms):
         model = Transformer(task, Config(2, 2, 8, 8, filters=4, rule=rule, **sizes)).to("meta")
         episodes = task.sample("train", 2, random_generator(0, "train")).to("meta")
@@ -289,13 +295,14 @@ def test_on_another_device():
 
 def test_no_rule_has_parameters_it_does_not_use():
     """And where they start; the oracle tests say that each parameter learns."""
-    alphas = dict(full={("alpha_full", 4)}, outer={("alpha_post", 2), ("alpha_pre", 2)})
-    others = dict(none=set(), hebbian={("beta", 4)}, gradient={("beta", 4), ("w_out", 1)})
-    for alpha, (rule, expected) in product(alphas, others.items()):
-        model = Transformer(Copy(2, 2, 5), Config(rule=rule, alpha=alpha, alpha_init=4.0))
-        found = {(name.split(".")[-1], *p.unique().tolist()) for name, p in model.named_parameters()
-                 if not re.search(r"(^|\.)(weight|bias|position)$", name)}
-        assert found == expected | (alphas[alpha] if rule in PLASTIC else set())
+    both = {("alpha", 4), ("beta", 4)}
+    for rule, expected in dict(none=set(), hebbian=both, gradient=both | {("w_out", 1)}).items():
+        for plastic, n in ("all", 2), ("last", 1):  # blocks, each with an up and a down
+            model = Transformer(Copy(2, 2, 5), Config(rule=rule, plastic=plastic, alpha_init=4.0))
+            found = [(name.split(".")[-1], *p.unique().tolist())
+                     for name, p in model.named_parameters()
+                     if not re.search(r"(^|\.)(weight|bias|position)$", name)]
+            assert {*found} == expected and found.count(("beta", 4)) == 2 * n * (rule in PLASTIC)
         assert len(model.head.bias) == 5 + (rule in PLASTIC) + Config.aux_dim * (rule == "gradient")
         assert not model.embed.token.weight[0].any(), "a blank that says something is echoed"
 
@@ -345,23 +352,45 @@ def in_two_processes(work):
     torch.multiprocessing.start_processes(begin, nprocs=2, start_method="fork")
 
 def test_copy_episodes():
-    for least, split, delays in (None, "train", {5}), (2, "train", {2, 3, 4, 5}), (2, "test", {5}):
+    cases = (None, "train", {5}), (2, "train", {2, 3, 4, 5}), (2, "val", {5}), (2, "test", {5})
+    drawn = {split: set() for split in SPLITS}
+    for least, split, delays in cases:
         task = Copy(3, 5, 6, least)
         batches = [task.sample(split, 20, random_generator(i, split)) for i in range(50)]
         assert {batch.support_x.shape for batch in batches} == {(20, 7 + d) for d in delays}
         for x, _, _, items in batches:
             rest = torch.tensor([0] * (x.size(1) - 7) + [5, 0, 0, 0])  # delay, delimiter, recall
             assert torch.equal(x[:, :3], items) and torch.equal(x[:, 3:], rest.expand(20, -1))
-            assert items.unique().tolist() == [1, 2, 3, 4]
+            drawn[split] |= {*map(tuple, items.tolist())}
         out = F.one_hot(F.pad(items, (9, 0)), 6).float()  # scored at the last three steps alone
         assert task.score(out, items).eq(1).all() and task.score(out.roll(1, 1), items).mean() < 0.5
+    every = {*product((1, 2, 3, 4), repeat=3)}  # no sequence is in two splits, each in one
+    assert set.union(*drawn.values()) == every and sum(map(len, drawn.values())) == len(every)
+    assert all({sum(of) % 5 for of in drawn[split]} == sums
+               for split, sums in zip(SPLITS, ({0, 1, 2}, {3}, {4})))
+    x, _, _, items = batch = Copy(3, 40, 6, distractors=1).sample(
+        "train", 20, random_generator(0, "train"))
+    assert torch.equal(x[:, :3], items) and x[:, 3:43].unique().tolist() == [1, 2, 3, 4]
+    assert x[:, 43:].eq(torch.tensor([5, 0, 0, 0])).all()
+    assert torch.equal(x.gather(1, task.shown(batch)), items), "not the step that showed it"
 
 def test_cue_regression_and_random_streams():
-    x, y, query_x, target = Cue(8, 20).sample("train", 100, random_generator(0, "train"))
-    assert x.sum(-1).eq(1).all() and x.sum(1).le(1).all()  # one-hot, all different
-    assert torch.equal(query_x @ (x.mT @ y), target), "not the reward that the cue came with"
-    assert abs(target.mean() - 0.5) < 0.05 and 0 <= target.min() and target.max() <= 1
-    assert (query_x == x).all(-1).double().mean() < 0.2, "queries in the order of the pairs"
+    for noise in 0, 30:
+        task = Cue(8, 20, noise)
+        x, y, query_x, target = batch = task.sample("train", 100, random_generator(0, "train"))
+        counts = x[..., -1] == 1 if noise else x.sum(-1) == 1  # (B, T)
+        assert x.shape == (100, 8 + noise, 20 + bool(noise)) and counts.sum(1).eq(8).all()
+        cues, asked = x[..., :20], query_x[..., :20]
+        assert cues.sum(-1).eq(1).all() and (cues * counts[..., None]).sum(1).le(1).all()
+        # the reward that the cue came with where it counted, whatever came with it elsewhere
+        assert torch.equal(asked @ (cues.mT @ (y * counts[..., None])), target)
+        assert abs(y.mean() - 0.5) < 0.05 and 0 <= y.min() and y.max() <= 1
+        shown = task.shown(batch)  # (B, Q)
+        assert torch.equal(y[..., 0].gather(1, shown), target[..., 0])
+        assert torch.equal(counts.nonzero()[:, 1].view(100, 8), shown.sort(1).values)
+        assert (shown.diff() > 0).all(1).double().mean() < 0.2, "queries in the order of the pairs"
+        assert not noise or counts.double().mean(0).min() > 0.05, "a step that never counts"
+        assert not noise or (cues * ~counts[..., None]).sum((0, 1)).min() > 50, "noise: any cue"
     x, y, query_x, target = draw(Regression(dim=3, support=10, queries=7), 500)
     fit = torch.linalg.lstsq(F.pad(x, (0, 1), value=1.0), y).solution  # (B, dim + 1, 1)
     assert Regression().loss(F.pad(query_x, (0, 1), value=1.0) @ fit, target) < 1e-8  # no noise
@@ -554,6 +583,9 @@ def test_fast_weights_learn_and_are_used():
 def test_evaluation_of_a_run():
     argv = f"{TINY_COPY} --rule hebbian --steps 4 --eval-interval 1 --block-size 9 --seed"
     runs = [trained(f"{argv} {seed}") for seed in (0, 1)]
+    state = load(runs[0], "best.pt")
+    state["model"]["head.bias"] += 1.0  # scores are the best model's, gates the last one's
+    torch.save(state, runs[0] / "best.pt")
     table, picture = (new_folder() / name for name in ("e.json", "picture.png"))
     drawn = f"--plot {picture}" if importlib.util.find_spec("matplotlib") else ""
     text = call(evaluation, f"{runs[0]} {runs[1]} --episodes 30 --json {table} {drawn}")
@@ -561,19 +593,26 @@ def test_evaluation_of_a_run():
     for seed, run, row in zip((0, 1), runs, json.loads(table.read_text()), strict=True):
         best = max(rows_of(run), key=lambda row: (row["val_metric"], row["step"]))
         assert row["step"] == best["step"] and row["seed"] == seed and str(run)[-32:] in text
-        assert f" {row['score']:10.5f} {row['interval']:10.5f} " in text
+        assert f" {row['score']:11.5f} {row['interval']:11.5f} " in text
         assert len(row["steps"]) == 8 and len(row["gates"]["write"]) == 7  # the last writes none
-        _, task, model = train.load_run(run / "best.pt")
+        (_, task, model), (_, _, last) = (train.load_run(run / of) for of in ("best.pt", "ckpt.pt"))
         episodes = task.sample("test", 30, random_generator(0, "test"))
-        out, fast = model.eval()(episodes)
+        with torch.no_grad():
+            (out, _), (_, fast) = model.eval()(episodes), last.eval()(episodes)
         eta, norm = torch.cat(fast.eta, 1), torch.cat(fast.norm, 1)
-        scores = (out[:, -2:].argmax(-1) == episodes.target).double().mean(1)
+        right = (out[:, -2:].argmax(-1) == episodes.target).double()  # (30, 2)
         write = (eta * norm).mean(0)
-        assert abs(row["score"] - scores.mean()) < 1e-6
-        assert abs(row["interval"] - 1.96 * scores.std() / 30**0.5) < 1e-6
+        assert abs(row["score"] - right.mean()) < 1e-6
+        assert row["by_step"] == [[0, right[:, 0].mean()], [1, right[:, 1].mean()]]
+        assert abs(row["interval"] - 1.96 * right.mean(1).std() / 30**0.5) < 1e-6
         assert_close(torch.tensor(row["gates"]["write"]), write, "the mean write", 1e-5)
-        assert abs(row["selectivity"] - write[:2].mean() / write[2:].mean()) < 1e-4
+        assert_close(torch.tensor(row["writes"][""]), write / 0.02, "the mean write", 1e-3)
+        assert abs(row["items_over_rest"] - write[:2].mean() / write[2:].mean()) < 1e-4
         assert abs(row["persistence"] - eta.mean() / 0.02) < 1e-5
+        assert abs(row["cap_share"] - write.mean() / 0.02) < 1e-4
+        slow = torch.cat([p.flatten() for name, p in last.named_parameters()
+                          if re.search("(up|down).weight", name)]).norm()
+        assert abs(row["change"] - torch.cat(fast.change).mean() / slow) < 1e-5
     assert "delay 4" in call(evaluation, f"{run} --delay 4 --episodes 10")
     (run / "eval.json").write_text(json.dumps([row]))
     full = call(evaluation, f"{run} --episodes 30").partition("\n")[2]
@@ -583,6 +622,28 @@ def test_evaluation_of_a_run():
     (run / "kept").rename(run / "best.pt")
     for flag, size in (("--block-size", "--delay 5"), ("--ways", "--ways 5")):
         assert flag in call(evaluation, f"{run} {size}", 2)
+
+def test_salience():
+    """Writes at steps that count are compared with others at the same position, and only there."""
+    model = Transformer(Cue(2, 4, 3), Config(rule="hebbian", max_norm=0.5))
+    shown = torch.tensor([[0, 1], [0, 1], [0, 2], [0, 2], [0, 3]])  # 0 always counts, 4 never
+    write = torch.tensor([[7, 6, 3, 4, 7], [7, 2, 3, 4, 7], [7, 1, 9, 4, 7], [7, 2, 9, 4, 7],
+                          [7, 3, 3, 1, 7]]).double()
+    gates = torch.stack([write.square(), write, write, write])  # (4, 5, 5)
+    row = evaluation.gate_figures(gates, shown, model, ["pair"] * 5)
+    # at step 1: 6 and 2 against 1, 2 and 3; at step 2: 9 and 9 against 3s; at step 3: 1 against 4s
+    assert math.isclose(row["selectivity"], (4 / 2 + 9 / 3 + 1 / 4) / 3)
+    assert math.isclose(row["eta_selectivity"], (20 / (14 / 3) + 81 / 9 + 1 / 16) / 3)
+    assert math.isclose(row["share_of_pairs"], (4.5 + 6 + 0) / (6 + 6 + 4))
+    assert_close(torch.tensor(row["writes"][", counts"][:4]) * 0.01, torch.tensor([7, 4, 9, 1.0]), "")
+    assert_close(torch.tensor(row["writes"][", noise"][1:]) * 0.01, torch.tensor([2, 3, 4, 7.0]), "")
+    shown, steps = torch.tensor([[0, 1]] * 5), ["item"] * 2 + ["rest"] * 3
+    row = evaluation.gate_figures(gates, shown, model, steps)
+    assert "selectivity" not in row
+    assert math.isclose(row["items_over_rest"], (35 + 14) / 2 / ((27 + 17 + 35) / 3))
+    ones = torch.ones(600, 5)
+    assert math.isclose(evaluation.interval(ones), 1 - 600 / (600 + 1.96**2))  # Wilson's
+    assert evaluation.interval(ones[:1]) == math.inf
 
 def test_validation():
     """best.pt has the lowest error, and the validation episodes stay the same."""
@@ -794,7 +855,7 @@ def flags_of(script):  # those that train or evaluation knows, and what argparse
 
 def test_random_arguments():
     """Any arguments: a run, or one line and exit status 2. ARGUMENTS=500 tries so many."""
-    rng, outcomes, run = random.Random(0), [], new_folder()
+    rng, outcomes, run = random.Random(1), [], new_folder()
     flags = {flag: of.choices or "-1 0 1 1 2 2 3 4 8 30 0.5 nan 1e20 inf x".split()
              for flag, of in flags_of(train).items() if of.nargs != 0 and flag != "--device"}
     for _ in range(int(os.environ.get("ARGUMENTS", 30))):
@@ -840,45 +901,83 @@ def test_commands_from_outside():
 
 # ------ 6. The pages of results ------
 
-def cell(task, rule, figures, flags="", key="score"):
-    metric = "mse" if task in ("cue", "regression") else "accuracy"
-    row = dict(task=task, rule=rule, flags=flags, metric=metric, interval=0.1, sizes={"delay": 20})
-    return [{**row, "score": 0.8, "learned": None, key: figure} for figure in figures]
+def cell(task, rule, figures, key="score", first=0, **args):  # one seed a figure, from `first` on
+    args = {"task": task, "window": 8, "delay": 20, "noise": 9, "steps": 500, **args}
+    row = dict(task=task, rule=rule, args=args, metric="accuracy" if task == "copy" else "mse",
+               cell=f"{task}-{rule}", episodes=600, score=0.8, learned=100)
+    return [{**row, key: figure, "seed": n} for n, figure in enumerate(figures, first)]
 
 def verdict(start, *cells):
-    found = tables.claims([cell(*of) for of in cells])
-    return next((said for claim, said, *_ in found if claim.startswith(start)), None)
+    found = tables.claims(cells)
+    return next((said for name, _, said, *_ in found if name.startswith(start)), None)
 
-def versus(start, one, other, key="score", task="copy"):  # Hebbian, gradient
-    return verdict(start, (task, "hebbian", one, "", key), (task, "gradient", other, "", key))
+def versus(start, one, other, key="score", task="copy", **how):  # Hebbian, gradient; static guesses
+    guesses = [0.12, 0.125, 0.13] if task == "copy" else [3.9, 4, 4.1]
+    return verdict(start, cell(task, "none", guesses), cell(task, "hebbian", one, key),
+                   cell(task, "gradient", other, key, **how))
+
+def test_student():
+    """Quantiles from any table of Student's t; a worked example of either form of the test."""
+    for t, df, p in ((12.706, 1, 0.05), (4.303, 2, 0.05), (-2.776, 4, 0.05), (2.228, 10, 0.05),
+                     (-1.96, 1e4, 0.05), (9.925, 2, 0.01), (0.741, 4, 0.5)):
+        assert abs(tables.p_value(t, df) / p - 1) < 0.01, t
+    # differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), so t = 3.46 at 2 degrees of freedom
+    mean, p = tables.t_test({0: 2, 1: 4, 2: 6}, {0: 1, 1: 2, 2: 3})
+    assert mean == 2 and abs(p - 0.0742) < 1e-3
+    # Welch: variances 1 and 5/3 of 3 and 4, so t = 1.5 / sqrt(1/3 + 5/12) = 1.732 at 4.959 degrees
+    mean, p = tables.t_test({0: 12, 1: 13, 2: 14}, {5: 10, 6: 11, 7: 12, 8: 13})
+    assert mean == 1.5 and abs(p - tables.p_value(1.7321, 4.959)) < 1e-4
+    assert tables.t_test({0: 1, 1: 1}, {0: 1, 1: 1}) == (0, 1)
 
 def test_claims_follow_from_the_figures():
-    no, low, high = "no difference beyond the spread", [0.5, 0.51, 0.52], [0.8, 0.81, 0.82]
-    assert versus("2", low, high) == "holds" and versus("2", high, low) == "does not hold"
-    assert versus("2", low, [0.1, 0.8, 1.0]) == versus("2", [0.99] * 2, [0.998] * 2) == no
-    assert versus("1", [0.9, 0.91], [2.1, 2.0], task="regression") == "holds"
-    assert versus("1", [2.1, 2.0], [0.9, 0.91], task="regression") == "does not hold"
-    plus = ("copy", "hebbian", high), ("copy", "gradient", low)
-    minus = ("omniglot", "hebbian", low), ("omniglot", "gradient", high)
-    equal = ("cifarfs", "hebbian", high), ("cifarfs", "gradient", high), ("cifarfs", "none", low)
-    assert verdict("1", *plus, *minus) == "mixed: 1 for, 1 against"
-    assert verdict("1", *plus, *equal) == "holds in 1 of 2, else no difference"
-    assert verdict("1", *minus, *equal) == "does not hold"
-    assert verdict("1", *equal) == no  # it must be better than either
-    # only runs with the same flags are compared, and ablations are not among them
-    assert verdict("2", ("copy", "hebbian", low, "--steps 9"), ("copy", "gradient", high)) is None
-    assert verdict("2", *((*of, "--ablate eta") for of in plus)) is None
-    for score, said in ((0.0002, "holds"), (0.08, "does not hold")):
-        cues = ("cue", "none", [score] * 2), ("cue", "hebbian", [0.0001] * 2)
-        assert verdict("3", *cues) == said
-    assert verdict("5 Plasticity", *((*of, "--window 1") for of in cues)) == "holds"
-    for late, said in ([300, 250], "holds"), ([60, 80], "does not hold"), ([300, None], None):
-        assert versus("2 Gradient needs fewer", late, [100, 101], "learned") == said
-    assert versus("4", [0.1] * 3, [0.2] * 3, "persistence") == "holds"
-    assert versus("4 Hebbian", [0.1] * 3, [0.2] * 3, "persistence") is None
-    assert versus("4 Gradient's", [2] * 3, [1] * 3, "write_norm") == "does not hold"
-    assert versus("4", [0.1] * 3, [0.1, 0.2, 0.6], "persistence") == no  # not beyond the spread
-    assert versus("4", [0.1], [0.9] * 3, "persistence") == no  # one seed has none
+    no, low, high = "not shown (0, 0, 1)", [0.5, 0.51, 0.52], [0.8, 0.81, 0.82]
+    holds, not_so = "holds (1, 0, 0)", "does not hold (0, 1, 0)"
+    assert versus("2", low, high) == holds and versus("2", high, low) == not_so
+    assert versus("2", [0.9] * 3, [0.905, 0.904, 0.906]) == no  # less than a hundredth of 0.875
+    assert versus("2", low, [0.5, 0.7, 1.0]) == no  # not beyond the spread
+    assert versus("2", [0.4, 0.5, 0.6], [0.42, 0.56, 0.7]) == no  # p is 0.12
+    for few in [0.5], [0.5, 0.51]:
+        assert versus("2", few, [0.9] * 5) == "too few seeds (0, 0, 0)"
+    # paired by seed what is +0.05 in each seed shows; with other seeds it drowns
+    spread, more = [0.3, 0.5, 0.7], [0.35, 0.56, 0.75]
+    assert versus("2", spread, more) == holds and versus("2", spread, more, first=5) == no
+    # errors are compared as logarithms, and must differ by a hundredth of what there is to learn
+    assert versus("1", [0.2, 0.4, 0.9], [1.1, 2.0, 4.6], task="regression") == holds
+    assert versus("1", [1.1, 2.0, 4.6], [0.2, 0.4, 0.9], task="regression") == not_so
+    assert versus("1", [0.001] * 3, [0.010, 0.011, 0.012], task="regression") == no
+    # as logarithms the first is better, by its mean the other: that shows nothing
+    assert versus("1", [0.04] * 4 + [4], [0.296] * 4 + [2.43], task="regression") == no
+    assert versus("4-persist", [1e-4, 1e-3, 1e-2], [1e-3, 1.1e-2, 1e-1], "persistence") == holds
+    # to be best is to beat each other one; either rule is enough to add to attention
+    def three(*figures, task="copy"):
+        return [cell(task, rule, of) for rule, of in zip(RULES, figures)]
+    assert versus("1", high, low) == holds and verdict("1", *three(low, low, high)) == not_so
+    assert verdict("1", *three(high, high, low)) == no  # as good as one of them
+    assert verdict("1", *three(low, high)) == "too few seeds (0, 0, 0)"  # nor without a rule
+    assert verdict("5-window", *three(low, low, high)) == holds
+    (_, p, _), = next(tables.claims(three([0.7, 0.71, 0.75], high, low)))[-1]
+    assert 0.01 < p < 0.05  # that of the weaker comparison
+    # a claim counts its experiments, alike but for the rule; ablations and re-tests are none
+    def pair(one, other, **args):
+        return cell("copy", "hebbian", one, **args), cell("copy", "gradient", other, **args)
+    assert verdict("2", *pair(low, high), *pair(high, low, delay=40)) == "mixed (1, 1, 0)"
+    assert verdict("2", *pair(low, high), *pair(high, high, delay=40)) == (
+        "holds in 1 of 2, else not shown (1, 0, 1)")
+    assert verdict("2", *pair(low, high), *pair(high, low, ablate="eta")) == holds
+    retest = [[{**row, "cell": row["cell"] + "@delay 60"} for row in of] for of in pair(high, low)]
+    assert verdict("2", *pair(low, high), *retest) == holds
+    assert verdict("2", pair(low, high)[0], pair(low, high, lr=9)[1]) is None
+    # static weights suffice where their error is surely not larger by that hundredth
+    for static, said in ([2e-4, 1e-4, 3e-4], holds), ([1e-3, 8e-4, 9e-4], no), ([0.08] * 3, not_so):
+        cues = three(static, [1e-4, 2e-4, 1.5e-4], [2e-4, 2e-4, 1e-4], task="cue")
+        assert verdict("3", *cues) == said, static
+    assert verdict("3", *([{**row, "learned": None} for row in of] for of in cues)) is None
+    assert verdict("5-window", *cues) == holds and verdict("5-whole", *cues) is None
+    assert versus("2-learned", [300, 250, 270], [100, 101, 90], "learned") == holds
+    assert versus("2-learned", [300, None, 280], [100, 101, 99], "learned") == holds  # 500 or later
+    assert versus("2-learned", [70] * 3, [56] * 3, "learned") == no  # no spread, no test
+    assert versus("2-learned", [None] * 3, [None] * 3, "learned") is None
+    assert versus("4-gated", [9, 8, 10], [3, 4, 5], "selectivity", "cue") == holds
 
 def test_pages_come_from_the_results():
     for name, rows in tables.read_cells().items():
@@ -920,6 +1019,10 @@ def test_figures_in_prose():
     old = want.replace("0.19", "9").replace("0.34", "?").replace("1250", "")
     assert tables.fill(old, {"a-b": seeds}, {}) == tables.fill(want, {"a-b": seeds}, {}) == want
     assert tables.figure(seeds, "learned") == "1250 (1 of 2)"
+    assert tables.figure(cell("copy", "none", [1.0] * 3), "score") == "1.000 (≥ 0.994)"  # of 600
+    assert tables.figure(cell("copy", "none", [1.0, 0.9997]), "score") == "0.99985 ± 0.00021"
+    one = dict(k=cell("copy", "none", [0.7]))
+    assert tables.by_rule(one, "k")[0] == "0.700 (one seed)"
     for wrong in ("a-c score -->", "a-b nothing -->", "begin x -->\n<!-- end x -->", "begin x -->"):
         with contextlib.suppress(ValueError):
             raise AssertionError(tables.fill("<!-- " + wrong, {"a-b": seeds}, {}))

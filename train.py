@@ -119,22 +119,23 @@ def update(model, task, optimizer, episodes):
 
 @torch.no_grad()
 def evaluate(model, task, split, n_episodes, batch_size, generator, device):
-    """Read n_episodes of a split -> means: loss, score, gates (of each step); and all `scores`."""
+    """n episodes of a split -> loss, score; of each answer, scores and `shown` (see tasks.py), (n, L);
+    of each step, gates (4, n, T): eta_t, ||D_t||, eta_t ||D_t||, eta_t ||alpha ∘ D_t||."""
     model.eval()
-    losses, scores, gates = [], [], []
+    losses, scores, shown, gates = [], [], [], []
     for start in range(0, n_episodes, batch_size):
         episodes = task.sample(split, min(batch_size, n_episodes - start), generator).to(device)
+        shown += [task.shown(episodes).cpu()] if hasattr(task, "shown") else []
         out, fast = model(episodes)
         losses += [task.loss(out, episodes.target).item()] * len(out)
         scores.append(task.score(out, episodes.target))
         if fast:
-            eta, norm = torch.cat(fast.eta, dim=1), torch.cat(fast.norm, dim=1)  # (B, T) each
-            gates.append(torch.stack([eta, norm, eta * norm]).cpu())  # (3, B, T)
+            eta, norm, change = (torch.cat(of, 1) for of in (fast.eta, fast.norm, fast.change))
+            gates.append(torch.stack([eta, norm, eta * norm, change]).cpu().double())
     model.train()
-    scores = torch.cat(scores)  # (n)
-    means = torch.cat(gates, dim=1).double().mean(1).tolist() if gates else ()  # (3, T)
+    scores, shown, gates = (torch.cat(of, -2) if of else None for of in (scores, shown, gates))
     return dict(loss=statistics.fmean(losses), score=scores.mean().item(), scores=scores,
-                gates=dict(zip(("eta", "d_norm", "write"), means)) or None)
+                shown=shown, gates=gates)
 
 def pretrain(model, task, args, device, generator):
     """Train the image encoder as a classifier of the training classes; its head is thrown away."""
@@ -192,7 +193,7 @@ def train(args, task, model, device, state=None, rank=0, world=1):
             line = log(run, result, task.metric, folder)
             if watching:  # one episode, drawn over the three lines of the last picture
                 one = evaluate(model, task, "val", 1, 1, random_generator(0, "val"), device)
-                line, above = above + line + picture(one["gates"]["write"], task), "\x1b[3F\x1b[J"
+                line, above = above + line + picture(one["gates"][2, 0], task), "\x1b[3F\x1b[J"
             print(line, flush=True)
             best, score = run["best"], result["score"]
             if best is None or abs(score - task.perfect) <= abs(best - task.perfect):
@@ -213,8 +214,8 @@ def log(run, result, metric, out_dir):
 
 def picture(writes, task):
     """Two more lines: each step's write as a bar, and the initial of what it shows."""
-    most, writes = max(1e-12, *writes), writes[:72]  # a picture must not be wider than a terminal
-    bars = [" ▁▂▃▄▅▆▇█"[math.ceil(8 * write / most)] for write in writes]
+    shares = (writes / writes.max().clamp(min=1e-12))[:72].tolist()  # no wider than a terminal
+    bars = [" ▁▂▃▄▅▆▇█"[math.ceil(8 * share)] for share in shares]
     return f"\nwrites {''.join(bars)}\nsteps  {''.join(name[0] for name in task.step_names[:72])}"
 
 def summary(run, args, task, answers):

@@ -1,12 +1,14 @@
 """Write the tables and figures of README.md and results/README.md anew: python results/tables.py
 
 A page has blocks, `begin NAME` to `end NAME`, and figures in sentences, `CELL KEY` before each, in
-HTML comments. A cell: all seeds of one setting (CELL@delay 60: tested at that delay)."""
+HTML comments. A cell: all seeds of one setting (CELL@delay 60: tested at that delay). With
+`python results/tables.py results/horizon.png` it also draws into that file (needs matplotlib)."""
 import math
 import re
-import statistics
 import sys
+from itertools import product
 from pathlib import Path
+from statistics import fmean, median, stdev, variance
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -20,145 +22,212 @@ TASKS = {"copy": ("copying, recall", 0.875, 8, "0.745"),
          "regression": ("regression, mse", 4, 1, "1.546 ± 0.064"),
          "omniglot": ("Omniglot 5-way 1-shot, accuracy", 0.8, 1, "0.237 ± 0.028"),
          "cifarfs": ("CIFAR-FS 5-way 1-shot, accuracy", 0.8, 1, "0.319 ± 0.017")}
-NO_SETTING = ("task", "rule", "seed", "device", "threads", "block_size", "eval_interval",
-              "eval_batches", "save_interval", "out_dir", "data_dir")
-# runs of commit ca3d6a4 and before, which had an eval_batches, began with these by default
-OLD = {"copy": dict(steps=500, lr=4e-3), "cue": dict(steps=1000),
-       "regression": dict(steps=2500, lr=4e-3), "none": dict(alpha_init=1.0, eta0=0.2),
-       "hebbian": dict(alpha_init=8.0, eta0=0.2), "gradient": dict(alpha_init=20.0)}
+NO_SETTING = """rule seed device threads block_size eval_interval out_dir data_dir resume overwrite
+    watch""".split()
 SCORES = ("seeds", "score", "lesion", "learned")
-GATES = ("persistence", "selectivity", "write_norm", "minutes")
-# (claim, in which experiments, who, must beat each of whom, by which figure)
+GATES = ("persistence", "cap_share", "change", "minutes")
+SALIENCE = ("selectivity", "eta_selectivity", "share_of_pairs")
+# (name of a block, claim, in which experiments, who (of two either is enough), must beat each of
+# whom, by what)
+LONG = lambda a: a["task"] == "copy" and a["window"] and a["delay"] >= 20  # noqa: E731
 CLAIMS = [
-    ("1 Hebbian is best in all but cues", "not cue", "hebbian", "gradient none", "score"),
-    ("2 Gradient is best at copying over long delays", "long copy", "gradient", "hebbian", "score"),
-    ("2 Gradient needs fewer updates for that", "long copy", "gradient", "hebbian", "learned"),
-    ("3 Static weights suffice for cues", "cue", "none", "hebbian gradient", "score"),
-    ("4 Gradient's updates persist", "all", "gradient", "hebbian", "persistence"),
-    ("4 Gradient's updates are large", "all", "gradient", "hebbian", "write_norm"),
-    ("4 Hebbian is gated around salient events", "all", "hebbian", "gradient", "selectivity"),
-    ("5 Plasticity adds to attention over all steps", "whole", "either rule", "none", "score"),
-    ("5 Plasticity adds to attention over a window", "window", "either rule", "none", "score")]
+    ("1", "Hebbian is best in all but cues", lambda a: a["task"] != "cue",
+     "hebbian", "gradient none", "score"),
+    ("2-score", "Gradient is best at copying over long delays", LONG,
+     "gradient", "hebbian", "score"),
+    ("2-learned", "Gradient needs fewer updates for that", LONG, "gradient", "hebbian", "learned"),
+    ("3", "Static weights suffice for cues", lambda a: a["task"] == "cue",
+     "none", "hebbian gradient", "suffices"),
+    ("4-persist", "Gradient's updates persist", lambda a: True,
+     "gradient", "hebbian", "persistence"),
+    ("4-large", "Gradient's updates are large", lambda a: True, "gradient", "hebbian", "change"),
+    ("4-gated", "Hebbian is gated around salient events", lambda a: a.get("noise"),
+     "hebbian", "gradient", "selectivity"),
+    ("5-whole", "Plasticity adds to attention over all steps", lambda a: not a["window"],
+     "hebbian gradient", "none", "score"),
+    ("5-window", "Plasticity adds to attention over a window", lambda a: a["window"],
+     "hebbian gradient", "none", "score")]
 
 def read_cells():
     """{cell: the rows of its seeds}, what eval.py --json wrote and more, sorted for the tables."""
     cells, order = {}, [*TASKS, *RULES]
     for path in sorted(HERE.glob("*/eval*.json")):
-        (row,), run = kept(path), path.parent.name
-        args = {"pretrain_steps": row["args"].get("warmup_steps", 0), **row["args"]}  # its old name
-        usual, old = defaults(args["task"], args["rule"]), "eval_batches" in args
-        usual.update({**OLD.get(args["task"], {}), **OLD[args["rule"]]} if old else {})
+        (row,), cell = kept(path), path.parent.name.rpartition("-s")[0]
+        args, usual = row["args"], defaults(row["task"], row["rule"])
         told = " ".join(f"--{name.replace('_', '-')} {args[name]}".removesuffix(".0")
                         for name in usual if name not in NO_SETTING
                         and args.get(name, usual[name]) != usual[name])
-        told = f"before: {told}" if old else told
+        tested = path.stem[len("eval"):].replace("-delay-", "@delay ")
         curve, perfect = learning_curve(path.parent), row["metric"] == "accuracy"
         near = [n for n, score, _ in curve if abs(score - perfect) <= TASKS[row["task"]][1] / 20]
-        cell = run[:-3] if run[-3:-1] == "-s" else run + "-early"  # the first had no seed in it
-        tested = path.stem[len("eval"):].replace("-delay-", " @delay ")
-        shown = ("the paper's budget" if cell.endswith("-paper") else told or "-") + tested
-        place = order.index(row["task"]), shown, order.index(row["rule"])
-        row.update(run=run, cell=cell + tested.strip(), flags=told + tested, settings=shown,
+        shown = "the paper's budget" if cell.endswith("-paper") else told or "-"
+        place = order.index(row["task"]), shown + tested, order.index(row["rule"])
+        row.update(run=path.parent.name, cell=cell + tested, flags=told, settings=shown + tested,
                    learned=min(near, default=None), minutes=curve[-1][2] / 60, place=place)
         cells.setdefault(row["cell"], []).append(row)
     return dict(sorted(cells.items(), key=lambda cell: cell[1][0]["place"]))
 
 def figure(rows, key):
-    """A figure of a cell as text: the mean over its seeds ± the standard deviation."""
+    """A figure of a cell as text: the mean over its seeds ± their standard deviation."""
     if key == "seeds":
         return str(len(rows))
     name = "score" if key in ("worst", "best") else key
-    if name not in SCORES + GATES:
+    if name not in SCORES + GATES + SALIENCE:
         raise ValueError(f"no figure is called '{key}'")
     accuracy = rows[0]["metric"] == "accuracy"
     values = sorted((row[name] for row in rows if row.get(name) is not None), reverse=accuracy)
     if not values:
         return "never" if key == "learned" else "-"
     values = {"best": values[:1], "worst": values[-1:]}.get(key, values)
-    mean, digits = statistics.fmean(values), 3
-    if not accuracy or name not in ("score", "lesion"):  # two significant figures
-        digits = min(5, max(0, 1 - math.floor(math.log10(mean)))) if mean else 5
-    text = f"{mean:.{digits}f}"
-    if key == "learned" and len(values) < len(rows):
-        return text + f" ({len(values)} of {len(rows)})"
-    return text + f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+    mean, digits = fmean(values), 3
+    if accuracy and name in ("score", "lesion"):
+        if mean == 1:  # all right, on the same episodes for each seed: Wilson's lower bound of 95%
+            n = rows[0]["episodes"]
+            return f"1.000 (≥ {n / (n + 1.96**2):.3f})"
+        digits = 5 if mean > 0.9995 else 3
+    elif name != "share_of_pairs":  # two significant figures
+        digits = min(6, max(0, 1 - math.floor(math.log10(mean)))) if mean else 5
+    text = f"{mean:.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return text + f" ({len(values)} of {len(rows)})" * (len(values) < len(rows))
 
 def table(head, rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 def by_rule(cells, kind, key="score"):  # * in the name of the kind stands for the rule
     groups = [cells.get(kind.replace("*", rule)) for rule in RULES]
-    return [f"{figure(r, key)} ({len(r)})" if r and figure(r, key) != "-" else "-" for r in groups]
+    return ["-" if not r or figure(r, key) == "-" else figure(r, key) + f" ({len(r)})"
+            if len(r) > 1 else figure(r, key) + " (one seed)" for r in groups]
 
-def better(one, other, key):
-    """1 if a figure of rows `one` is better than that of rows `other`, -1 worse, 0 neither."""
-    means, errors = [], []
-    for rows in (one, other):
-        values = [row[key] for row in rows]
-        means.append(statistics.mean(values))
-        n = len(values)  # the score of a single seed has a spread over its episodes
-        errors.append(statistics.stdev(values) / math.sqrt(n) if n > 1 else
-                      rows[0]["interval"] / 1.96 if key == "score" else math.inf)
-    least = TASKS[one[0]["task"]][1] / 100 if key == "score" else 0  # of what there is to learn
-    if not abs(means[0] - means[1]) > max(2 * math.hypot(*errors), least):
-        return 0
-    lower = key == "learned" or (key == "score" and one[0]["metric"] == "mse")
-    return 1 if (means[0] < means[1]) == lower else -1
+def t_test(one, other):
+    """The mean of one - other, two dicts by seed, and its two-sided p by Student's t."""
+    ones, others = one.values(), other.values()
+    if one.keys() == other.keys():  # paired by seed
+        differences = [one[seed] - other[seed] for seed in one]
+        mean, df = fmean(differences), len(differences) - 1
+        square = variance(differences) / len(differences)  # of the standard error
+    else:  # Welch's
+        mean, a, b = fmean(ones) - fmean(others), *(variance(v) / len(v) for v in (ones, others))
+        square = a + b
+        df = square**2 / (a**2 / (len(ones) - 1) + b**2 / (len(others) - 1)) if square else 1
+    # no spread at all is that of figures read at few updates, or of perfect ones: no test
+    return mean, p_value(mean / math.sqrt(square), df) if square else 1.0
+
+def p_value(t, df):
+    """How much of Student's density lies beyond ±t: in angles, t = sqrt(df) tan(angle), the
+    density is cos(angle)^(df - 1)."""
+    angles = [(i + 0.5) / 4000 * math.pi / 2 for i in range(4000)]
+    density = [math.cos(angle) ** (df - 1) for angle in angles]
+    cut = math.atan(abs(t) / math.sqrt(df))
+    return sum(d for angle, d in zip(angles, density) if angle > cut) / sum(density)
+
+def compare(one, other, key):
+    """1 if rows `one` are better than rows `other` by a figure, -1 worse, 0 neither; and p."""
+    name = "score" if key == "suffices" else key
+    least = TASKS[one[0]["task"]][1] / 100 if name == "score" else 0  # of what there is to learn
+    lower = name == "learned" or name == "score" and one[0]["metric"] == "mse"  # is better
+    # a seed that never learned counts as if it had with its last update
+    a, b = ({row["seed"]: row["args"]["steps"] if row[name] is None else row[name] for row in rows}
+            for rows in ((other, one) if lower else (one, other)))  # a > b: one is better
+    if key == "suffices" and compare(one, other, "score")[0] != -1:  # surely not worse by `least`
+        mean, p = t_test({seed: value + least for seed, value in a.items()}, b)
+        return int(p < 0.05 and mean > 0), p
+    size = fmean(a.values()) - fmean(b.values())
+    if name != "score" or lower:  # what lives on a scale of ratios
+        a, b = ({seed: math.log(value) for seed, value in of.items()} for of in (a, b))
+    mean, p = t_test(a, b)
+    shows = p < 0.05 and abs(size) >= least and size * mean > 0
+    return (1 if mean > 0 else -1) if shows else 0, p
 
 def claims(cells):
-    """Each claim as claim, verdict, key, [(1 for it, -1 against it, 0 neither, {rule: rows})]."""
+    """Each claim as name, claim, verdict, key, [(sign, p, {rule: rows})], one of an experiment."""
     experiments = {}  # alike but for the rule
     for rows in cells:
-        row = rows[0]
-        if "--ablate" not in row["flags"]:
-            experiments.setdefault((row["task"], row["flags"]), {})[row["rule"]] = rows
-    for claim, where, who, whom, key in CLAIMS:
-        needed = {"none"} if "none" in (who, whom) else {"hebbian", "gradient"}
+        args = sorted((k, v) for k, v in rows[0]["args"].items() if k not in NO_SETTING)
+        if rows[0]["args"].get("ablate", "none") == "none" and "@" not in rows[0]["cell"]:
+            experiments.setdefault(str(args), {})[rows[0]["rule"]] = rows
+    for name, claim, where, who, whom, key in CLAIMS:
         results = []
-        for of in experiments.values():  # {rule: rows}
-            (row, *_), rules = next(iter(of.values())), [rule for rule in of if rule != "none"]
-            about = {"all": True, "cue": row["task"] == "cue", "not cue": row["task"] != "cue",
-                     "long copy": row["task"] == "copy" and row["sizes"]["delay"] >= 20,
-                     "window": "--window" in row["flags"], "whole": "--window" not in row["flags"]}
-            complete = all(row.get(key) is not None for rule in rules for row in of[rule])
-            if about[where] and rules and needed <= {*of} and complete:
-                if who == "either rule":
-                    said = max(better(of[rule], of[whom], key) for rule in rules)
-                else:
-                    said = min(better(of[who], of[rule], key) for rule in of if rule in whom)
-                as_good = who == "none" and said == 0  # that is enough to suffice
-                results.append((1 if as_good else said, of))
-        plus, minus = (sum(said == sign for said, _ in results) for sign in (1, -1))
-        verdict = ("no difference beyond the spread" if not plus and not minus
-                   else "does not hold" if not plus else "holds" if plus == len(results)
-                   else f"mixed: {plus} for, {minus} against" if minus
-                   else f"holds in {plus} of {len(results)}, else no difference")
+        for by_rule in experiments.values():
+            ones, others = ([rule for rule in of.split() if rule in by_rule] for of in (who, whom))
+            rows = [row for rule in ones + others for row in by_rule[rule]]
+            tried = ones and others and where(rows[0]["args"])
+            if key in ("learned", "suffices"):  # where nobody learned there is nothing to tell
+                tried = tried and any(row["learned"] for row in rows)
+            elif tried:
+                tried = all(row.get(key) is not None for row in rows)
+            if not tried:
+                continue
+            sign, p = None, math.nan
+            if others == whom.split() and min(len(by_rule[rule]) for rule in ones + others) >= 3:
+                # to be best is to beat each; of two who may, one is enough
+                found = [compare(by_rule[a], by_rule[b], key) for a, b in product(ones, others)]
+                sign, p = (max if " " in who else min)(found, key=lambda of: (of[0], -of[1]))
+            results.append((sign, p, by_rule))
+        plus, minus, neither = ([sign for sign, _, _ in results].count(n) for n in (1, -1, 0))
+        verdict = ("too few seeds" if not plus + minus + neither
+                   else "not shown" if not plus + minus else "does not hold" if not plus
+                   else "holds" if not minus + neither else "mixed" if minus
+                   else f"holds in {plus} of {plus + neither}, else not shown")
         if results:
-            yield claim, verdict, key, results
+            yield name, claim, f"{verdict} ({plus}, {minus}, {neither})", key, results
 
 def claim_blocks(found):
-    short, full = [], []  # each claim with one experiment, and with all
-    for claim, verdict, key, results in found:
-        lines = {1: [], -1: [], 0: []}
-        for said, of in results:
-            name = [rows[0]["cell"].replace("-" + rule, "") for rule, rows in of.items()][0]
-            lines[said].append(["−=+"[said + 1], name, *by_rule(of, "*", key)])
-        verdict += f" ({len(lines[1])}, {len(lines[-1])}, {len(lines[0])})"
-        full += [f"**{claim}** ({key}): {verdict}",
-                 table(["", "experiment", *RULES.values()], lines[1] + lines[-1] + lines[0])]
-        _, name, *figures = (max(lines[1], lines[-1], key=len) or lines[0])[0]
-        said = [f"{r} {f.split()[0]}" for r, f in zip(RULES.values(), figures) if f != "-"]
-        short.append([claim, verdict, f"{name}, {key}: {', '.join(said)}"])
-    return table(["claim", "verdict (for, against, neither)", "example, w8: window 8"], short), full
+    blocks, brief = {}, []
+    for name, claim, verdict, key, results in found:
+        lines, key = [], "score" if key == "suffices" else key
+        for sign, p, of in sorted(results, key=lambda of: [1, -1, 0, None].index(of[0])):
+            cell = [rows[0]["cell"].replace("-" + rule, "") for rule, rows in of.items()][0]
+            lines.append([{1: "+", -1: "−", 0: "=", None: "?"}[sign], cell, *by_rule(of, "*", key),
+                          "-" if sign is None else f"{p:.2g}"])
+        blocks["claim-" + name] = f"**{claim}**, by {key}: {verdict}.\n\n" + table(
+            ["", "experiment", *RULES.values(), "p"], lines)
+        said = [f"{rule} {f.rpartition(' (')[0]}" for rule, f in zip(RULES.values(), lines[0][2:])
+                if f != "-"]
+        brief.append([claim, verdict, f"{lines[0][1]}, {key}: {', '.join(said)}"])
+    blocks["claims"] = table(["claim", "verdict (for, against, neither)", "example"], brief)
+    return blocks
+
+def quarters(cells):
+    """The mean score of answers to what the four quarters of an episode showed."""
+    for cell, rows in cells.items():
+        if re.fullmatch("copy-.*-len40|cue-.*-(pairs64|noise.*)", cell):
+            means = [fmean(score for _, score in at) for at in zip(*(r["by_step"] for r in rows))]
+            n = len(means) // 4
+            yield [cell, *(f"{fmean(means[i * n:i * n + n]):.4f}" for i in range(4))]
+
+def draw(cells, path):
+    """Of both rules score and updates until learned, by blanks, tokens and pairs: a thin line a
+    seed, a bold one their mean, which stops where a seed has not learned."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    columns = zip(figure.subplots(2, 3).T, ("delay", "seq_len", "pairs"), (
+        "copy-RULE-w8(-delay.*)?", "copy-RULE-w8(-len.*)?", "cue-RULE-w1-pairs.*"))
+    for (column, size, kind), rule in product(columns, ("hebbian", "gradient")):
+        kind = re.compile(kind.replace("RULE", rule))
+        of = [rows for cell, rows in cells.items() if kind.fullmatch(cell)]
+        of.sort(key=lambda rows: rows[0]["sizes"][size])
+        sizes, color = [rows[0]["sizes"][size] for rows in of], {"hebbian": "C0"}.get(rule, "C1")
+        for axes, key in zip(column, ("score", "learned")):
+            axes.set(xlabel=size, ylabel=key, xscale="log")
+            axes.set_xticks(sizes, sizes, minor=False)
+            values = [{row["seed"]: row[key] or math.nan for row in rows} for rows in of]
+            mean = [fmean(by_seed.values()) for by_seed in values]
+            axes.plot(sizes, mean, color=color, linewidth=2, label=rule)
+            for seed in range(5):
+                line = [by_seed.get(seed, math.nan) for by_seed in values]
+                axes.plot(sizes, line, color=color, linewidth=0.6)
+    column[0].set(yscale="log")
+    column[0].legend()
+    figure.savefig(path, dpi=120)
 
 def speed():
     runs, key, rows = kept(HERE / "bench-paper-size.jsonl"), "seconds_per_update", []
-    for i in range(5):  # three rounds of five lines, `none` first
-        ms, times, rate, peak = map(statistics.median, zip(*(
+    for i in 0, 1, 3:  # three rounds of five lines, `none` first; 2 and 4 were of `--alpha outer`
+        ms, times, rate, peak = map(median, zip(*(
             (1000 * run[key], run[key] / none[key], run["sequences_per_second"],
              run["peak_rss_bytes"] / 1e9) for run, none in zip(runs[i::5], runs[::5]))))
-        name = runs[i]["rule"] + ", `--alpha outer`" * (runs[i]["alpha"] == "outer")
-        rows.append([name, f"{ms:.0f}", f"{times:.1f}", f"{rate:.0f}", f"{peak:.1f}"])
+        rows.append([runs[i]["rule"], f"{ms:.0f}", f"{times:.1f}", f"{rate:.0f}", f"{peak:.1f}"])
     return table(["rule", "ms an update", "times none", "sequences/s", "GB"], rows)
 
 def fill(text, cells, blocks):
@@ -175,8 +244,7 @@ def fill(text, cells, blocks):
 def pages():
     """{path: what it should say} of both pages; nothing is written."""
     cells, results = read_cells(), []
-    brief, full = claim_blocks(claims(cells.values()))
-    blocks = {"claims": brief, "verdicts": "\n\n".join(full), "speed": speed()}
+    blocks = {**claim_blocks(claims(cells.values())), "speed": speed()}
     blocks["headline"] = table(["copying recall, mean ± s.d. (seeds)", *RULES.values()], [
         ["attention over all steps", *by_rule(cells, "copy-*")],
         ["attention over the last 8 steps", *by_rule(cells, "copy-*-w8")],
@@ -188,6 +256,13 @@ def pages():
         results += [[name, *by_rule(cells, f"{task}-*"), paper],
                     [f"the same, window {window}", *by_rule(cells, f"{task}-*-w{window}"), "-"]]
     blocks["results"] = table(["mean ± s.d. (seeds)", *RULES.values(), "paper's best"], results[2:])
+    blocks["paper"] = table(["the paper's budget", *RULES.values()], [
+        [name, *by_rule(cells, f"{task}-*-paper")] for task, (name, *_) in TASKS.items()])
+    blocks["salience"] = table(["experiment", "seeds", *SALIENCE, "score"], [
+        [name, *(figure(rows, key) for key in ("seeds", *SALIENCE, "score"))]
+        for name, rows in cells.items() if "selectivity" in rows[0]])
+    blocks["by-step"] = table(["answers to what was shown in the", "first quarter", "second",
+                               "third", "last"], quarters(cells))
     for n, of in enumerate(kept(HERE / "tuning.jsonl"), 1):  # line n is cell tuning-n
         metric = "accuracy" if "--task copy" in of["flags"] else "mse"
         cells[f"tuning-{n}"] = [dict(of, metric=metric, score=of["validation"][-1][1])]
@@ -195,5 +270,7 @@ def pages():
             for path in (HERE / "README.md", HERE.parent / "README.md")}
 
 if __name__ == "__main__":
+    for picture in sys.argv[1:]:
+        draw(read_cells(), picture)
     for path, text in pages().items():
         path.write_text(text)
