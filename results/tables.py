@@ -201,8 +201,8 @@ def draw(cells, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.5), layout="constrained")
-    columns = zip(figure.subplots(2, 3).T, ("delay", "seq_len", "pairs"), (
-        "copy-RULE-w8(-delay.*)?", "copy-RULE-w8(-len.*)?", "cue-RULE-w1-pairs.*"))
+    columns = zip(figure.subplots(2, 3, sharex="col").T, ("delay", "seq_len", "pairs"), (
+        r"copy-RULE-w8(-delay\d+)?", r"copy-RULE-w8(-len\d+)?", r"cue-RULE-w1-pairs\d+"))
     for (column, size, kind), rule in product(columns, ("hebbian", "gradient")):
         kind = re.compile(kind.replace("RULE", rule))
         of = [rows for cell, rows in cells.items() if kind.fullmatch(cell)]
@@ -210,7 +210,8 @@ def draw(cells, path):
         sizes, color = [rows[0]["sizes"][size] for rows in of], {"hebbian": "C0"}.get(rule, "C1")
         for axes, key in zip(column, ("score", "learned")):
             axes.set(xlabel=size, ylabel=key, xscale="log")
-            axes.set_xticks(sizes, sizes, minor=False)
+            axes.set_xticks(sizes, sizes)
+            axes.minorticks_off()
             values = [{row["seed"]: row[key] or math.nan for row in rows} for rows in of]
             mean = [fmean(by_seed.values()) for by_seed in values]
             axes.plot(sizes, mean, color=color, linewidth=2, label=rule)
