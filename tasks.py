@@ -124,14 +124,12 @@ class Cue(SquaredError):
         noise = torch.randint(self.cues, (B, self.noise), generator=generator)
         reward = torch.rand(B, T, 1, generator=generator)
         x = torch.eye(self.cues)[torch.cat([cues, noise], dim=1)]  # (B, T, cues)
-        if self.noise:
-            x = F.pad(x, (0, 1))
-            x[:, :N, -1] = 1  # (B, T, cues + 1)
         query_x, order = shuffle(x[:, :N], generator)
         target = reward.gather(1, order[..., None])  # (B, N, 1)
         if self.noise:
-            x, order = shuffle(x, generator)
-            reward = reward.gather(1, order[..., None])
+            counts = (torch.arange(T) < N).float().expand(B, T)
+            x, order = shuffle(torch.cat([x, counts[..., None]], dim=2), generator)
+            reward, query_x = reward.gather(1, order[..., None]), F.pad(query_x, (0, 1), value=1.0)
         return Episodes(x, reward, query_x, target)
 
     def shown(self, episodes):

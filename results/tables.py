@@ -261,7 +261,7 @@ def pages():
         [name, *by_rule(cells, f"{task}-*-paper")] for task, (name, *_) in TASKS.items()])
     blocks["salience"] = table(["experiment", "seeds", *SALIENCE, "score"], [
         [name, *(figure(rows, key) for key in ("seeds", *SALIENCE, "score"))]
-        for name, rows in cells.items() if "selectivity" in rows[0]])
+        for name, rows in cells.items() if "eta_selectivity" in rows[0]])
     blocks["by-step"] = table(["answers to what was shown in the", "first quarter", "second",
                                "third", "last"], quarters(cells))
     for n, of in enumerate(kept(HERE / "tuning.jsonl"), 1):  # line n is cell tuning-n
