@@ -962,7 +962,7 @@ def test_claims_follow_from_the_figures():
         return cell("copy", "hebbian", one, **args), cell("copy", "gradient", other, **args)
     assert verdict("2", *pair(low, high), *pair(high, low, delay=40)) == "mixed (1, 1, 0)"
     assert verdict("2", *pair(low, high), *pair(high, high, delay=40)) == (
-        "holds in 1 of 2, else not shown (1, 0, 1)")
+        "holds in 1 of 2 (1, 0, 1)")
     assert verdict("2", *pair(low, high), *pair(high, low, ablate="eta")) == holds
     retest = [[{**row, "cell": row["cell"] + "@delay 60"} for row in of] for of in pair(high, low)]
     assert verdict("2", *pair(low, high), *retest) == holds

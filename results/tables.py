@@ -167,7 +167,7 @@ def claims(cells):
         verdict = ("too few seeds" if not plus + minus + neither
                    else "not shown" if not plus + minus else "does not hold" if not plus
                    else "holds" if not minus + neither else "mixed" if minus
-                   else f"holds in {plus} of {plus + neither}, else not shown")
+                   else f"holds in {plus} of {plus + neither}")
         if results:
             yield name, claim, f"{verdict} ({plus}, {minus}, {neither})", key, results
 
@@ -181,10 +181,10 @@ def claim_blocks(found):
                           "-" if sign is None else f"{p:.2g}"])
         blocks["claim-" + name] = f"**{claim}**, by {key}: {verdict}.\n\n" + table(
             ["", "experiment", *RULES.values(), "p"], lines)
-        said = [f"{rule} {f.rpartition(' (')[0]}" for rule, f in zip(RULES.values(), lines[0][2:])
-                if f != "-"]
-        brief.append([claim, verdict, f"{lines[0][1]}, {key}: {', '.join(said)}"])
-    blocks["claims"] = table(["claim", "verdict (for, against, neither)", "example"], brief)
+        figures = [said.rpartition(" (")[0] or said for said in lines[0][2:5]]
+        brief.append([claim, verdict, f"{lines[0][1]}, {key}", *figures])
+    blocks["claims"] = table(["claim", "verdict (for, against, neither)", "one of them",
+                              *RULES.values()], brief)
     return blocks
 
 def quarters(cells):
