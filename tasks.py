@@ -216,7 +216,7 @@ class FewShot(Classification):
 # Each task, and its defaults: as many updates as every seed needs to learn, with a margin.
 IMAGES = dict(batch_size=16, lr=1e-3, d_model=128, d_ff=256)
 TASKS = {"copy": (Copy, dict(steps=140, lr=8e-3)),
-         "cue": (Cue, dict(steps=400, lr=3e-3)),
+         "cue": (Cue, dict(steps=400, lr=3e-3, alpha_init=20.0)),
          "regression": (Regression, dict(steps=2000, lr=2e-3, n_layer=4, queries=50)),
          "cifarfs": (FewShot, dict(IMAGES, steps=800, pretrain_steps=2400)),
          "omniglot": (FewShot, dict(IMAGES, steps=1500, pretrain_steps=2000))}
