@@ -635,8 +635,9 @@ def test_salience():
     assert math.isclose(row["selectivity"], (4 / 2 + 9 / 3 + 1 / 4) / 3)
     assert math.isclose(row["eta_selectivity"], (20 / (14 / 3) + 81 / 9 + 1 / 16) / 3)
     assert math.isclose(row["share_of_pairs"], (4.5 + 6 + 0) / (6 + 6 + 4))
-    assert_close(torch.tensor(row["writes"][", counts"][:4]) * 0.01, torch.tensor([7, 4, 9, 1.0]), "")
-    assert_close(torch.tensor(row["writes"][", noise"][1:]) * 0.01, torch.tensor([2, 3, 4, 7.0]), "")
+    for kind, begin, means in (", counts", 0, [7.0, 4, 9, 1]), (", noise", 1, [2.0, 3, 4, 7]):
+        capped = torch.tensor(row["writes"][kind][begin:begin + 4])  # of eta_0 0.02, max_norm 0.5
+        assert_close(capped * 0.02 * 0.5, torch.tensor(means), kind, 1e-5)
     shown, steps = torch.tensor([[0, 1]] * 5), ["item"] * 2 + ["rest"] * 3
     row = evaluation.gate_figures(gates, shown, model, steps)
     assert "selectivity" not in row

@@ -119,8 +119,8 @@ def update(model, task, optimizer, episodes):
 
 @torch.no_grad()
 def evaluate(model, task, split, n_episodes, batch_size, generator, device):
-    """n episodes of a split -> loss, score; of each answer, scores and `shown` (see tasks.py), (n, L);
-    of each step, gates (4, n, T): eta_t, ||D_t||, eta_t ||D_t||, eta_t ||alpha ∘ D_t||."""
+    """n episodes of a split -> loss, score; scores and `shown` (in tasks.py) of each answer (n, L);
+    gates (4, n, T) of each step: eta_t, ||D_t||, eta_t ||D_t||, eta_t ||alpha ∘ D_t||."""
     model.eval()
     losses, scores, shown, gates = [], [], [], []
     for start in range(0, n_episodes, batch_size):
