@@ -181,7 +181,6 @@ def parse_args(argv=None):
         conflict_handler="resolve", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder that train.py wrote")
-    parser.add_argument("--gates", action="store_true", help="of several runs all, in full")
     parser.add_argument("--json", metavar="FILE", help="write all that is measured")
     parser.add_argument("--plot", metavar="FILE", help="draw it (needs matplotlib)")
     parser.add_argument("--episodes", type=number(int, 1), default=600, help="how many (600)")
@@ -219,9 +218,7 @@ def evaluate_runs(options, changes, device):
         save(options.json, (json.dumps(rows, indent=1) + "\n").encode())
     if options.plot:
         plot(rows, options.plot)
-    in_full = len(rows) == 1 or options.gates
-    lines = [line for row in rows for line in report(row)] if in_full else overview(rows)
-    print("\n".join(lines))
+    print("\n".join(report(*rows) if len(rows) == 1 else overview(rows)))
 
 if __name__ == "__main__":
     main()

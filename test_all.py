@@ -618,7 +618,7 @@ def test_evaluation_of_a_run():
     full = call(evaluation, f"{run} --episodes 30").partition("\n")[2]
     (run / "best.pt").rename(run / "kept")  # as in results/
     assert call(evaluation, str(run)) == full and "0 item" in full and "2 blank" in full
-    assert full in call(evaluation, f"{run} {run} --gates") and full not in text
+    assert full not in text
     (run / "kept").rename(run / "best.pt")
     for flag, size in (("--block-size", "--delay 5"), ("--ways", "--ways 5")):
         assert flag in call(evaluation, f"{run} {size}", 2)
@@ -1024,6 +1024,17 @@ def test_figures_in_prose():
     assert tables.figure(cell("copy", "none", [1.0, 0.9997]), "score") == "0.99985 ± 0.00021"
     one = dict(k=cell("copy", "none", [0.7]))
     assert tables.by_rule(one, "k")[0] == "0.700 (one seed)"
+    minutes = [{**row, "minutes": n} for row, n in zip(one["k"] * 3, (9, 4, 40))]
+    assert tables.figure(minutes, "minutes") == "4.0"  # of the quickest
+    row = dict(grid=True, learned=56, validation=[[9, 0.5], [10, 0.75]])
+    assert tables.tries([dict(row, flags="--task copy --rule hebbian --lr 0.1 --seed 0"),
+                         dict(row, flags="--task copy --rule none --lr 0.1 --seed 0", learned=None),
+                         dict(row, flags="--task copy --rule none --lr 0.2 --seed 0", grid=False)]
+                        ) == [["copy --lr 0.1", "0.75, never", "0.75, 56", "-"]]
+    names = ("copy-hebbian-w8-4all", "copy-hebbian-w8-4last")
+    low, high = (cell("copy", "hebbian", of) for of in ([0.6, 0.61, 0.62], [0.7, 0.72, 0.71]))
+    (_, key, every, last, p), _ = tables.depth(dict(zip(names, (low, high))))
+    assert (key, every, last) == ("score", "0.610 ± 0.010", "0.710 ± 0.010") and float(p) < 0.05
     for wrong in ("a-c score -->", "a-b nothing -->", "begin x -->\n<!-- end x -->", "begin x -->"):
         with contextlib.suppress(ValueError):
             raise AssertionError(tables.fill("<!-- " + wrong, {"a-b": seeds}, {}))

@@ -75,10 +75,11 @@ def figure(rows, key):
     if name not in SCORES + GATES + SALIENCE:
         raise ValueError(f"no figure is called '{key}'")
     accuracy = rows[0]["metric"] == "accuracy"
-    values = sorted((row[name] for row in rows if row.get(name) is not None), reverse=accuracy)
-    if not values:
+    known = sorted((row[name] for row in rows if row.get(name) is not None), reverse=accuracy)
+    if not known:
         return "never" if key == "learned" else "-"
-    values = {"best": values[:1], "worst": values[-1:]}.get(key, values)
+    # minutes are those of the quickest run: others had to share the machine with more
+    values = {"best": known[:1], "worst": known[-1:], "minutes": [min(known)]}.get(key, known)
     mean, digits = fmean(values), 3
     if accuracy and name in ("score", "lesion"):
         if mean == 1:  # all right, on the same episodes for each seed: Wilson's lower bound of 95%
@@ -88,7 +89,7 @@ def figure(rows, key):
     elif name != "share_of_pairs":  # two significant figures
         digits = min(6, max(0, 1 - math.floor(math.log10(mean)))) if mean else 5
     text = f"{mean:.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-    return text + f" ({len(values)} of {len(rows)})" * (len(values) < len(rows))
+    return text + f" ({len(known)} of {len(rows)})" * (len(known) < len(rows))
 
 def table(head, rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
@@ -195,6 +196,32 @@ def quarters(cells):
             n = len(means) // 4
             yield [cell, *(f"{fmean(means[i * n:i * n + n]):.4f}" for i in range(4))]
 
+def depth(cells):
+    """Fast weights in all of four blocks, or in the last of them alone."""
+    pairs = [("copy-{}-w8-4all", "copy-{}-w8-4last"), ("regression-{}-w1", "regression-{}-w1-last")]
+    for (every, last), rule in product(pairs, ("hebbian", "gradient")):
+        two = [cells[name.format(rule)] for name in (every, last) if name.format(rule) in cells]
+        for key in ("score", "learned") if len(two) == 2 else ():
+            p = compare(*two, key)[1] if min(map(len, two)) >= 3 else math.nan
+            yield [two[0][0]["cell"], key, *(figure(rows, key) for rows in two), f"{p:.2g}"]
+
+def delays(cells):
+    """Models trained on delays of 10 to 40, tested at four."""
+    for cell in cells:
+        if re.fullmatch("copy-.*-mix-[a-z]+", cell):
+            yield [cell, *(figure(cells[f"{cell}@delay {n}"], "score") for n in (10, 20, 60, 80))]
+
+def tries(rows):
+    """Settings that were tried with each rule, on validation: the last score, when learned."""
+    table = {}
+    for row in rows:
+        if row.get("grid"):
+            flags = re.sub("--task |--rule .*? |--seed .*", "", row["flags"] + " ")
+            rule = re.search("--rule (.*?) ", row["flags"])[1]
+            learned = row["learned"] or "never"
+            table.setdefault(flags, {})[rule] = f"{row['validation'][-1][1]:.4g}, {learned}"
+    return [[flags, *(of.get(rule, "-") for rule in RULES)] for flags, of in table.items()]
+
 def draw(cells, path):
     """Of both rules score and updates until learned, by blanks, tokens and pairs: a thin line a
     seed, a bold one their mean, which stops where a seed has not learned."""
@@ -264,7 +291,11 @@ def pages():
         for name, rows in cells.items() if "eta_selectivity" in rows[0]])
     blocks["by-step"] = table(["answers to what was shown in the", "first quarter", "second",
                                "third", "last"], quarters(cells))
-    for n, of in enumerate(kept(HERE / "tuning.jsonl"), 1):  # line n is cell tuning-n
+    blocks["depth"] = table(["experiment", "", "all blocks", "the last", "p"], depth(cells))
+    blocks["delays"] = table(["tested at a delay of", "10", "20", "60", "80"], delays(cells))
+    tuning = kept(HERE / "tuning.jsonl")
+    blocks["tries"] = table(["score, and update when learned", *RULES.values()], tries(tuning))
+    for n, of in enumerate(tuning, 1):  # line n is cell tuning-n
         metric = "accuracy" if "--task copy" in of["flags"] else "mse"
         cells[f"tuning-{n}"] = [dict(of, metric=metric, score=of["validation"][-1][1])]
     return {path: fill(path.read_text(), cells, blocks)
