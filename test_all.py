@@ -1030,7 +1030,7 @@ def test_figures_in_prose():
     assert tables.tries([dict(row, flags="--task copy --rule hebbian --lr 0.1 --seed 0"),
                          dict(row, flags="--task copy --rule none --lr 0.1 --seed 0", learned=None),
                          dict(row, flags="--task copy --rule none --lr 0.2 --seed 0", grid=False)]
-                        ) == [["copy --lr 0.1", "0.75, never", "0.75, 56", "-"]]
+                        ) == [["copy --lr 0.1", "0.75000, never", "0.75000, 56", "-"]]
     names = ("copy-hebbian-w8-4all", "copy-hebbian-w8-4last")
     low, high = (cell("copy", "hebbian", of) for of in ([0.6, 0.61, 0.62], [0.7, 0.72, 0.71]))
     (_, key, every, last, p), _ = tables.depth(dict(zip(names, (low, high))))

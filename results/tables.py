@@ -216,10 +216,10 @@ def tries(rows):
     table = {}
     for row in rows:
         if row.get("grid"):
-            flags = re.sub("--task |--rule .*? |--seed .*", "", row["flags"] + " ")
+            flags = re.sub("--task |--rule .*? | --seed .*", "", row["flags"])
             rule = re.search("--rule (.*?) ", row["flags"])[1]
             learned = row["learned"] or "never"
-            table.setdefault(flags, {})[rule] = f"{row['validation'][-1][1]:.4g}, {learned}"
+            table.setdefault(flags, {})[rule] = f"{row['validation'][-1][1]:.5f}, {learned}"
     return [[flags, *(of.get(rule, "-") for rule in RULES)] for flags, of in table.items()]
 
 def draw(cells, path):
