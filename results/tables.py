@@ -95,9 +95,14 @@ def table(head, rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 def by_rule(cells, kind, key="score"):  # * in the name of the kind stands for the rule
-    groups = [cells.get(kind.replace("*", rule)) for rule in RULES]
-    return ["-" if not r or figure(r, key) == "-" else figure(r, key) + f" ({len(r)})"
-            if len(r) > 1 else figure(r, key) + " (one seed)" for r in groups]
+    figures = []
+    for rule in RULES:
+        rows = cells.get(kind.replace("*", rule))
+        said = figure(rows, key) if rows else "-"
+        if said != "-" and " of " not in said:
+            said += f" ({len(rows)})" if len(rows) > 1 else " (one seed)"
+        figures.append(said)
+    return figures
 
 def t_test(one, other):
     """The mean of one - other, two dicts by seed, and its two-sided p by Student's t."""
