@@ -8,7 +8,7 @@ import re
 import sys
 from itertools import product
 from pathlib import Path
-from statistics import fmean, median, stdev, variance
+from statistics import fmean, stdev, variance
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -22,6 +22,9 @@ TASKS = {"copy": ("copying, recall", 0.875, 8, "0.745"),
          "regression": ("regression, mse", 4, 1, "1.546 ± 0.064"),
          "omniglot": ("Omniglot 5-way 1-shot, accuracy", 0.8, 1, "0.237 ± 0.028"),
          "cifarfs": ("CIFAR-FS 5-way 1-shot, accuracy", 0.8, 1, "0.319 ± 0.017")}
+SPEED = {"copying, 140 updates, 31 steps": "copy-*-w8", "the same, 71 steps": "copy-*-w8-len20",
+         "the same, 171 steps": "copy-*-w8-delay160", "cue, 400 updates, 8 steps": "cue-*-w1",
+         "regression, 2000 updates, 10 steps": "regression-*-w1"}
 NO_SETTING = """rule seed device threads block_size eval_interval out_dir data_dir resume overwrite
     watch""".split()
 SCORES = ("seeds", "score", "lesion", "learned")
@@ -29,23 +32,31 @@ GATES = ("persistence", "cap_share", "change", "minutes")
 SALIENCE = ("selectivity", "eta_selectivity", "share_of_pairs")
 # (name of a block, claim, in which experiments, who (of two either is enough), must beat each of
 # whom, by what)
-LONG = lambda a: a["task"] == "copy" and a["window"] and a["delay"] >= 20  # noqa: E731
+SHORT = dict(task="copy", window=8, seq_len=5, delay=20, n_layer=2, min_delay=None)
+def longer(args, size):  # copying as SHORT, but for a larger size
+    return all(args[name] == n for name, n in SHORT.items() if name != size) and (
+        args[size] > SHORT[size])
+
 CLAIMS = [
-    ("1", "Hebbian is best in all but cues", lambda a: a["task"] != "cue",
+    ("1", "1. Hebbian is best in all but cues", lambda a: a["task"] != "cue",
      "hebbian", "gradient none", "score"),
-    ("2-score", "Gradient is best at copying over long delays", LONG,
+    ("2-delays", "2. Gradient is best at copying over long delays", lambda a: longer(a, "delay"),
      "gradient", "hebbian", "score"),
-    ("2-learned", "Gradient needs fewer updates for that", LONG, "gradient", "hebbian", "learned"),
-    ("3", "Static weights suffice for cues", lambda a: a["task"] == "cue",
-     "none", "hebbian gradient", "suffices"),
-    ("4-persist", "Gradient's updates persist", lambda a: True,
+    ("2-learned", "2. and needs fewer updates for them", lambda a: longer(a, "delay"),
+     "gradient", "hebbian", "learned"),
+    ("2-tokens", "2. and is best at copying many tokens", lambda a: longer(a, "seq_len"),
+     "gradient", "hebbian", "score"),
+    ("3", "3. Static weights with attention suffice for cues",
+     lambda a: a["task"] == "cue" and not a["window"], "none", "hebbian gradient", "suffices"),
+    ("4-open", "4. Gradient's eta stays large", lambda a: a["window"],
      "gradient", "hebbian", "persistence"),
-    ("4-large", "Gradient's updates are large", lambda a: True, "gradient", "hebbian", "change"),
-    ("4-gated", "Hebbian is gated around salient events", lambda a: a.get("noise"),
+    ("4-large", "4. Gradient's writes change more", lambda a: a["window"],
+     "gradient", "hebbian", "change"),
+    ("4-gated", "4. Hebbian is gated around salient events", lambda a: a.get("noise"),
      "hebbian", "gradient", "selectivity"),
-    ("5-whole", "Plasticity adds to attention over all steps", lambda a: not a["window"],
+    ("5-whole", "5. Plasticity adds to attention over all steps", lambda a: not a["window"],
      "hebbian gradient", "none", "score"),
-    ("5-window", "Plasticity adds to attention over a window", lambda a: a["window"],
+    ("5-window", "5. Plasticity adds to attention over a window", lambda a: a["window"],
      "hebbian gradient", "none", "score")]
 
 def read_cells():
@@ -59,10 +70,12 @@ def read_cells():
                         and args.get(name, usual[name]) != usual[name])
         tested = path.stem[len("eval"):].replace("-delay-", "@delay ")
         curve, perfect = learning_curve(path.parent), row["metric"] == "accuracy"
-        near = [n for n, score, _ in curve if abs(score - perfect) <= TASKS[row["task"]][1] / 20]
+        least = TASKS[row["task"]][1] / 20 + 1e-9  # 5%, and what rounding adds
+        near = [n for n, score, _ in curve if abs(score - perfect) <= least]
         shown = "the paper's budget" if cell.endswith("-paper") else told or "-"
         place = order.index(row["task"]), shown + tested, order.index(row["rule"])
         row.update(run=path.parent.name, cell=cell + tested, flags=told, settings=shown + tested,
+                   alike=str({k: args.get(k, usual[k]) for k in usual if k not in NO_SETTING}),
                    learned=min(near, default=None), minutes=curve[-1][2] / 60, place=place)
         cells.setdefault(row["cell"], []).append(row)
     return dict(sorted(cells.items(), key=lambda cell: cell[1][0]["place"]))
@@ -115,31 +128,34 @@ def t_test(one, other):
         mean, a, b = fmean(ones) - fmean(others), *(variance(v) / len(v) for v in (ones, others))
         square = a + b
         df = square**2 / (a**2 / (len(ones) - 1) + b**2 / (len(others) - 1)) if square else 1
-    # no spread at all is that of figures read at few updates, or of perfect ones: no test
-    return mean, p_value(mean / math.sqrt(square), df) if square else 1.0
+    if square <= 1e-20 * mean**2:  # no spread: perfect figures, or updates read at few: no test
+        return mean, 1.0
+    return mean, p_value(mean / math.sqrt(square), df)
 
 def p_value(t, df):
     """How much of Student's density lies beyond ±t: in angles, t = sqrt(df) tan(angle), the
     density is cos(angle)^(df - 1)."""
-    angles = [(i + 0.5) / 4000 * math.pi / 2 for i in range(4000)]
-    density = [math.cos(angle) ** (df - 1) for angle in angles]
-    cut = math.atan(abs(t) / math.sqrt(df))
-    return sum(d for angle, d in zip(angles, density) if angle > cut) / sum(density)
+    def beyond(cut):  # the integral of the density from an angle on
+        width = (math.pi / 2 - cut) / 4000
+        return width * sum(math.cos(cut + (i + 0.5) * width) ** (df - 1) for i in range(4000))
+    return beyond(math.atan(abs(t) / math.sqrt(df))) / beyond(0)
 
 def compare(one, other, key):
     """1 if rows `one` are better than rows `other` by a figure, -1 worse, 0 neither; and p."""
     name = "score" if key == "suffices" else key
     least = TASKS[one[0]["task"]][1] / 100 if name == "score" else 0  # of what there is to learn
     lower = name == "learned" or name == "score" and one[0]["metric"] == "mse"  # is better
-    # a seed that never learned counts as if it had with its last update
-    a, b = ({row["seed"]: row["args"]["steps"] if row[name] is None else row[name] for row in rows}
+    a, b = ({row["seed"]: row[name] for row in rows}
             for rows in ((other, one) if lower else (one, other)))  # a > b: one is better
+    if name == "learned":  # never counts as after a tenth more than all updates
+        late = 1.1 * one[0]["args"]["steps"]
+        a, b = ({seed: value or late for seed, value in of.items()} for of in (a, b))
     if key == "suffices" and compare(one, other, "score")[0] != -1:  # surely not worse by `least`
         mean, p = t_test({seed: value + least for seed, value in a.items()}, b)
         return int(p < 0.05 and mean > 0), p
     size = fmean(a.values()) - fmean(b.values())
     if name != "score" or lower:  # what lives on a scale of ratios
-        a, b = ({seed: math.log(value) for seed, value in of.items()} for of in (a, b))
+        a, b = ({seed: math.log(value + 1e-12) for seed, value in of.items()} for of in (a, b))
     mean, p = t_test(a, b)
     shows = p < 0.05 and abs(size) >= least and size * mean > 0
     return (1 if mean > 0 else -1) if shows else 0, p
@@ -148,32 +164,35 @@ def claims(cells):
     """Each claim as name, claim, verdict, key, [(sign, p, {rule: rows})], one of an experiment."""
     experiments = {}  # alike but for the rule
     for rows in cells:
-        args = sorted((k, v) for k, v in rows[0]["args"].items() if k not in NO_SETTING)
         if rows[0]["args"].get("ablate", "none") == "none" and "@" not in rows[0]["cell"]:
-            experiments.setdefault(str(args), {})[rows[0]["rule"]] = rows
+            experiments.setdefault(rows[0]["alike"], {})[rows[0]["rule"]] = rows
     for name, claim, where, who, whom, key in CLAIMS:
         results = []
         for by_rule in experiments.values():
             ones, others = ([rule for rule in of.split() if rule in by_rule] for of in (who, whom))
             rows = [row for rule in ones + others for row in by_rule[rule]]
             tried = ones and others and where(rows[0]["args"])
+            learned = [row["learned"] is not None for row in rows]
             if key in ("learned", "suffices"):  # where nobody learned there is nothing to tell
-                tried = tried and any(row["learned"] for row in rows)
-            elif tried:
-                tried = all(row.get(key) is not None for row in rows)
+                tried = tried and any(learned)
+            elif key != "score":  # gates of a model that has not learned say nothing
+                tried = tried and all(learned) and all(key in row for row in rows)
             if not tried:
                 continue
             sign, p = None, math.nan
             if others == whom.split() and min(len(by_rule[rule]) for rule in ones + others) >= 3:
-                # to be best is to beat each; of two who may, one is enough
                 found = [compare(by_rule[a], by_rule[b], key) for a, b in product(ones, others)]
-                sign, p = (max if " " in who else min)(found, key=lambda of: (of[0], -of[1]))
+                # to be best is to beat each; of two who may, one is enough
+                sign = (max if " " in who else min)(sign for sign, _ in found)
+                decided = [p for of, p in found if of == sign]
+                p = min(decided) if " " in who and sign == 1 else max(decided)
             results.append((sign, p, by_rule))
         plus, minus, neither = ([sign for sign, _, _ in results].count(n) for n in (1, -1, 0))
-        verdict = ("too few seeds" if not plus + minus + neither
-                   else "not shown" if not plus + minus else "does not hold" if not plus
-                   else "holds" if not minus + neither else "mixed" if minus
-                   else f"holds in {plus} of {plus + neither}")
+        of = plus + minus + neither
+        verdict = ("too few seeds" if not of else "not shown" if not plus + minus
+                   else "holds" if plus == of else "does not hold" if minus == of
+                   else "mixed" if plus and minus
+                   else f"shown in {plus} of {of}" if plus else f"the opposite in {minus} of {of}")
         if results:
             yield name, claim, f"{verdict} ({plus}, {minus}, {neither})", key, results
 
@@ -181,25 +200,29 @@ def claim_blocks(found):
     blocks, brief = {}, []
     for name, claim, verdict, key, results in found:
         lines, key = [], "score" if key == "suffices" else key
-        for sign, p, of in sorted(results, key=lambda of: [1, -1, 0, None].index(of[0])):
+        results.sort(key=lambda of: [1, 0, -1, None].index(of[0]))
+        for sign, p, of in results:
             cell = [rows[0]["cell"].replace("-" + rule, "") for rule, rows in of.items()][0]
             lines.append([{1: "+", -1: "−", 0: "=", None: "?"}[sign], cell, *by_rule(of, "*", key),
-                          "-" if sign is None else f"{p:.2g}"])
+                          "-" if sign is None or p == 1 else f"{p:.2g}"])
         blocks["claim-" + name] = f"**{claim}**, by {key}: {verdict}.\n\n" + table(
             ["", "experiment", *RULES.values(), "p"], lines)
-        figures = [said.rpartition(" (")[0] or said for said in lines[0][2:5]]
-        brief.append([claim, verdict, f"{lines[0][1]}, {key}", *figures])
-    blocks["claims"] = table(["claim", "verdict (for, against, neither)", "one of them",
+        tested = sum(sign is not None for sign, _, _ in results)
+        _, _, middle = results[max(0, tested - 1) // 2]
+        figures = [figure(middle[rule], key) if rule in middle else "-" for rule in RULES]
+        brief.append([claim, verdict, f"{lines[max(0, tested - 1) // 2][1]}, {key}", *figures])
+    blocks["claims"] = table(["claim", "verdict (for, against, neither)", "the middle one",
                               *RULES.values()], brief)
     return blocks
 
 def quarters(cells):
-    """The mean score of answers to what the four quarters of an episode showed."""
+    """The mean score of answers to what the four quarters of an episode showed, of all seeds."""
     for cell, rows in cells.items():
-        if re.fullmatch("copy-.*-len40|cue-.*-(pairs64|noise.*)", cell):
+        if re.fullmatch("copy-.*-w8-len40|cue-.*-w1-pairs64", cell):
             means = [fmean(score for _, score in at) for at in zip(*(r["by_step"] for r in rows))]
             n = len(means) // 4
-            yield [cell, *(f"{fmean(means[i * n:i * n + n]):.4f}" for i in range(4))]
+            yield [f"{cell}, {rows[0]['metric']}",
+                   *(f"{fmean(means[i * n:i * n + n]):.3f}" for i in range(4))]
 
 def depth(cells):
     """Fast weights in all of four blocks, or in the last of them alone."""
@@ -218,14 +241,16 @@ def delays(cells):
 
 def tries(rows):
     """Settings that were tried with each rule, on validation: the last score, when learned."""
-    table = {}
+    found = {}  # flags: {rule: what is said}
     for row in rows:
         if row.get("grid"):
             flags = re.sub("--task |--rule .*? | --seed .*", "", row["flags"])
             rule = re.search("--rule (.*?) ", row["flags"])[1]
             learned = row["learned"] or "never"
-            table.setdefault(flags, {})[rule] = f"{row['validation'][-1][1]:.5f}, {learned}"
-    return [[flags, *(of.get(rule, "-") for rule in RULES)] for flags, of in table.items()]
+            found.setdefault(flags, {})[rule] = f"{row['validation'][-1][1]:.5f}, {learned}"
+    return [[flags, *(of.get(rule, "-") for rule in RULES)] for flags, of in found.items()]
+
+HORIZON = dict(delay="blanks", seq_len="tokens", pairs="pairs of 64 cues")
 
 def draw(cells, path):
     """Of both rules score and updates until learned, by blanks, tokens and pairs: a thin line a
@@ -235,13 +260,15 @@ def draw(cells, path):
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     columns = zip(figure.subplots(2, 3, sharex="col").T, ("delay", "seq_len", "pairs"), (
         r"copy-RULE-w8(-delay\d+)?", r"copy-RULE-w8(-len\d+)?", r"cue-RULE-w1-pairs\d+"))
-    for (column, size, kind), rule in product(columns, ("hebbian", "gradient")):
+    for (column, size, kind), rule in product(columns, ("hebbian", "gradient")):  # (2) of axes
         kind = re.compile(kind.replace("RULE", rule))
         of = [rows for cell, rows in cells.items() if kind.fullmatch(cell)]
         of.sort(key=lambda rows: rows[0]["sizes"][size])
+        column[0].axhline(of[0][0]["chance"], color="0.5", linestyle="dashed", linewidth=1)
         sizes, color = [rows[0]["sizes"][size] for rows in of], {"hebbian": "C0"}.get(rule, "C1")
         for axes, key in zip(column, ("score", "learned")):
-            axes.set(xlabel=size, ylabel=key, xscale="log")
+            axes.set(xlabel=HORIZON[size], xscale="log",
+                     ylabel=of[0][0]["metric"] if key == "score" else "update when learned")
             axes.set_xticks(sizes, sizes)
             axes.minorticks_off()
             values = [{row["seed"]: row[key] or math.nan for row in rows} for rows in of]
@@ -253,15 +280,6 @@ def draw(cells, path):
     column[0].set(yscale="log")
     column[0].legend()
     figure.savefig(path, dpi=120)
-
-def speed():
-    runs, key, rows = kept(HERE / "bench-paper-size.jsonl"), "seconds_per_update", []
-    for i in 0, 1, 3:  # three rounds of five lines, `none` first; 2 and 4 were of `--alpha outer`
-        ms, times, rate, peak = map(median, zip(*(
-            (1000 * run[key], run[key] / none[key], run["sequences_per_second"],
-             run["peak_rss_bytes"] / 1e9) for run, none in zip(runs[i::5], runs[::5]))))
-        rows.append([runs[i]["rule"], f"{ms:.0f}", f"{times:.1f}", f"{rate:.0f}", f"{peak:.1f}"])
-    return table(["rule", "ms an update", "times none", "sequences/s", "GB"], rows)
 
 def fill(text, cells, blocks):
     def new(match):
@@ -277,7 +295,7 @@ def fill(text, cells, blocks):
 def pages():
     """{path: what it should say} of both pages; nothing is written."""
     cells, results = read_cells(), []
-    blocks = {**claim_blocks(claims(cells.values())), "speed": speed()}
+    blocks = claim_blocks(claims(cells.values()))
     blocks["headline"] = table(["copying recall, mean ± s.d. (seeds)", *RULES.values()], [
         ["attention over all steps", *by_rule(cells, "copy-*")],
         ["attention over the last 8 steps", *by_rule(cells, "copy-*-w8")],
@@ -296,6 +314,8 @@ def pages():
         for name, rows in cells.items() if "eta_selectivity" in rows[0]])
     blocks["by-step"] = table(["answers to what was shown in the", "first quarter", "second",
                                "third", "last"], quarters(cells))
+    blocks["speed"] = table(["minutes", *RULES.values()], [
+        [name, *by_rule(cells, kind, "minutes")] for name, kind in SPEED.items()])
     blocks["depth"] = table(["experiment", "", "all blocks", "the last", "p"], depth(cells))
     blocks["delays"] = table(["tested at a delay of", "10", "20", "60", "80"], delays(cells))
     tuning = kept(HERE / "tuning.jsonl")
