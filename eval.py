@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from torch.nn.functional import one_hot
 
 from tasks import TASKS, random_generator, show
 from train import add_flags, evaluate, fail, load_run, number, one_line, prepare, save
@@ -50,6 +51,8 @@ def measure(run, options, changes, device):
                answers=[*show(model, task, "test", device)], gates=None)
     if shown is not None:  # the mean score of the answers that need step t
         row["by_step"] = [[t, scores[shown == t].mean().item()] for t in shown.unique().tolist()]
+    if "ways" in trained:
+        row["prototype"] = nearest_prototype(model, task, options, device)
     if result["gates"] is not None:
         # the lesion: the same model on the same episodes, but nothing is ever written
         model.plasticity.eta0 = 0.0
@@ -59,6 +62,20 @@ def measure(run, options, changes, device):
         _, _, model = load_run(Path(run) / "ckpt.pt", changes)
         row.update(gate_figures(test(model)["gates"], shown, model, task.step_names))
     return row
+
+@torch.no_grad()
+def nearest_prototype(model, task, options, device):
+    """The accuracy of the encoder alone on the same episodes: a query is of the class the mean of
+    whose shots is nearest (Snell et al. 2017). What the model has beyond that is its reader's."""
+    generator, right, embed = random_generator(options.seed, "test"), [], model.embed.eval()
+    for start in range(0, options.episodes, options.batch_size):
+        n = min(options.batch_size, options.episodes - start)
+        shots, label, query, target = task.sample("test", n, generator).to(device)
+        shots, query = embed.features(shots), embed.features(query)  # (n, T, F), (n, Q, F)
+        of = one_hot(label, task.ways).to(shots.dtype)  # (n, T, ways)
+        means = of.mT @ shots / task.shots  # (n, ways, F)
+        right.append(torch.cdist(query, means).argmin(-1) == target)  # (n, Q)
+    return torch.cat(right).double().mean().item()
 
 def interval(scores):
     """Half the 95% interval of the mean of scores (n, L) of n episodes: 1.96 standard errors."""
@@ -105,6 +122,8 @@ def report(row):
             high = min(high, 1) if row["metric"] == "accuracy" else high
             yield (f"  {name:18} {row[key]:.5f}   95% interval {low:.5f} to {high:.5f}, "
                    f"{row['episodes']} episodes; guessing {row.get('chance', '?'):.5}")
+    if "prototype" in row:
+        yield f"  nearest prototype  {row['prototype']:.5f}   (the encoder alone, same episodes)"
     if "by_step" in row:
         yield "  by step shown " + " ".join(f"{score:.3g}" for _, score in row["by_step"])[:86]
     gates = row["gates"]

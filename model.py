@@ -148,6 +148,9 @@ class Embed(nn.Module):
             self.norm = nn.LayerNorm(self.encoder.d_out)
             self.linear = nn.Linear(self.encoder.d_out + task.n_out + 1, config.d_model)
 
+    def features(self, images):  # (B, T, channels, size, size) -> (B, T, F)
+        return self.norm(self.encoder(images.flatten(0, 1))).unflatten(0, images.shape[:2])
+
     def forward(self, episodes):
         """-> context (B, T, C) and queries (B, Q, C), or None where the task has none."""
         if self.kind == "token":
@@ -156,13 +159,12 @@ class Embed(nn.Module):
         x = torch.cat([episodes.support_x, episodes.query_x], dim=1)  # (B, T + Q, ...)
         y = episodes.support_y  # (B, T, 1) values, or (B, T) labels
         if self.kind == "image":
-            x = self.norm(self.encoder(x.flatten(0, 1))).unflatten(0, x.shape[:2])  # (B, T + Q, F)
+            x = self.features(x)  # (B, T + Q, F)
             y = 4 * F.one_hot(y, self.n_out)  # (B, T, ways); 1 would drown beside the embedding
         y = F.pad(y.to(x.dtype), (0, 0, 0, x.size(1) - T))  # (B, T + Q, 1 or ways)
         flag = torch.zeros_like(y[..., :1])  # (B, T + Q, 1)
         flag[:, T:] = 1
-        tokens = self.linear(torch.cat([x, y, flag], dim=-1))  # (B, T + Q, C)
-        return tokens[:, :T], tokens[:, T:]
+        return self.linear(torch.cat([x, y, flag], dim=-1)).tensor_split([T], dim=1)
 
 class Transformer(nn.Module):
     """The plastic Transformer for a task, by a Config. ValueError where their sizes do not fit."""

@@ -646,6 +646,21 @@ def test_salience():
     assert math.isclose(evaluation.interval(ones), 1 - 600 / (600 + 1.96**2))  # Wilson's
     assert evaluation.interval(ones[:1]) == math.inf
 
+def test_nearest_prototype():
+    """One query at a time, against the mean of each class's shots, on the scored episodes."""
+    task, right = FewShot("omniglot", fake_packs(), 3, 2, 4), []
+    model = small_model(task, "none").float()
+    options = SimpleNamespace(seed=0, episodes=10, batch_size=4)
+    generator, embed = random_generator(0, "test"), model.embed
+    for n in 4, 4, 2:
+        for x, y, query_x, target in zip(*task.sample("test", n, generator)):
+            shots, queries = (embed.norm(embed.encoder(images)) for images in (x, query_x))
+            for query, label in zip(queries, target):
+                far = torch.stack([(query - shots[y == c].mean(0)).norm() for c in range(3)])
+                right.append((far.argmin() == label).item())
+    found = evaluation.nearest_prototype(model, task, options, "cpu")
+    assert len(right) == 120 and 0.4 < found < 1 and abs(found - sum(right) / 120) < 1e-9
+
 def test_validation():
     """best.pt has the lowest error, and the validation episodes stay the same."""
     argv = f"{TINY} --task regression --rule none --steps 6 --eval-interval 1 --lr"
