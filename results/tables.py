@@ -40,11 +40,11 @@ def longer(args, size):  # copying as SHORT, but for a larger size
 CLAIMS = [
     ("1", "1. Hebbian is best in all but cues", lambda a: a["task"] != "cue",
      "hebbian", "gradient none", "score"),
-    ("2-delays", "2. Gradient is best at copying over long delays", lambda a: longer(a, "delay"),
+    ("2-delays", "2. Gradient copies best over long delays", lambda a: longer(a, "delay"),
      "gradient", "hebbian", "score"),
-    ("2-learned", "2. and needs fewer updates for them", lambda a: longer(a, "delay"),
+    ("2-learned", "2. and learns them in fewer updates", lambda a: longer(a, "delay"),
      "gradient", "hebbian", "learned"),
-    ("2-tokens", "2. and is best at copying many tokens", lambda a: longer(a, "seq_len"),
+    ("2-tokens", "2. and copies many tokens best", lambda a: longer(a, "seq_len"),
      "gradient", "hebbian", "score"),
     ("3", "3. Static weights with attention suffice for cues",
      lambda a: a["task"] == "cue" and not a["window"], "none", "hebbian gradient", "suffices"),
@@ -54,9 +54,9 @@ CLAIMS = [
      "gradient", "hebbian", "change"),
     ("4-gated", "4. Hebbian is gated around salient events", lambda a: a.get("noise"),
      "hebbian", "gradient", "selectivity"),
-    ("5-whole", "5. Plasticity adds to attention over all steps", lambda a: not a["window"],
+    ("5-whole", "5. Plasticity adds to full attention", lambda a: not a["window"],
      "hebbian gradient", "none", "score"),
-    ("5-window", "5. Plasticity adds to attention over a window", lambda a: a["window"],
+    ("5-window", "5. Plasticity adds to a window", lambda a: a["window"],
      "hebbian gradient", "none", "score")]
 
 def read_cells():
@@ -218,7 +218,7 @@ def claim_blocks(found):
 def quarters(cells):
     """The mean score of answers to what the four quarters of an episode showed, of all seeds."""
     for cell, rows in cells.items():
-        if re.fullmatch("copy-.*-w8-len40|cue-.*-w1-pairs64", cell):
+        if re.fullmatch("copy-.*-w8-len40|cue-.*-w1-pairs(32|64)", cell):
             means = [fmean(score for _, score in at) for at in zip(*(r["by_step"] for r in rows))]
             n = len(means) // 4
             yield [f"{cell}, {rows[0]['metric']}",
