@@ -22,7 +22,7 @@ TASKS = {"copy": ("copying, recall", 0.875, 8, "0.745"),
          "regression": ("regression, mse", 4, 1, "1.546 ± 0.064"),
          "omniglot": ("Omniglot 5-way 1-shot, accuracy", 0.8, 1, "0.237 ± 0.028"),
          "cifarfs": ("CIFAR-FS 5-way 1-shot, accuracy", 0.8, 1, "0.319 ± 0.017")}
-SPEED = {"copying, 140 updates, 31 steps": "copy-*-w8", "the same, 71 steps": "copy-*-w8-len20",
+SPEED = {"copying, 140 updates, 31 steps": "copy-*-w8", "the same, 61 steps": "copy-*-w8-len20",
          "the same, 171 steps": "copy-*-w8-delay160", "cue, 400 updates, 8 steps": "cue-*-w1",
          "regression, 2000 updates, 10 steps": "regression-*-w1"}
 NO_SETTING = """rule seed device threads block_size eval_interval out_dir data_dir resume overwrite
@@ -231,7 +231,8 @@ def depth(cells):
         two = [cells[name.format(rule)] for name in (every, last) if name.format(rule) in cells]
         for key in ("score", "learned") if len(two) == 2 else ():
             p = compare(*two, key)[1] if min(map(len, two)) >= 3 else math.nan
-            yield [two[0][0]["cell"], key, *(figure(rows, key) for rows in two), f"{p:.2g}"]
+            yield [two[0][0]["cell"], key, *(figure(rows, key) for rows in two),
+                   "-" if p == 1 else f"{p:.2g}"]
 
 def delays(cells):
     """Models trained on delays of 10 to 40, tested at four."""
