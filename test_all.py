@@ -655,11 +655,18 @@ def test_nearest_prototype():
     for n in 4, 4, 2:
         for x, y, query_x, target in zip(*task.sample("test", n, generator)):
             shots, queries = (embed.norm(embed.encoder(images)) for images in (x, query_x))
+            assert_close(embed.features(x[None])[0], shots, "what the model sees", 1e-5)
             for query, label in zip(queries, target):
                 far = torch.stack([(query - shots[y == c].mean(0)).norm() for c in range(3)])
                 right.append((far.argmin() == label).item())
     found = evaluation.nearest_prototype(model, task, options, "cpu")
     assert len(right) == 120 and 0.4 < found < 1 and abs(found - sum(right) / 120) < 1e-9
+    run = trained(f"{TINY_IMAGES} --rule none --steps 1 --data-dir {fake_packs()}")
+    text = call(evaluation, f"{run} --episodes 10 --batch-size 4 --json {run}/e.json")
+    _, task, model = train.load_run(run / "best.pt", dict(queries=15))
+    found = evaluation.nearest_prototype(model, task, options, "cpu")
+    assert json.loads((run / "e.json").read_text())[0]["prototype"] == found
+    assert f"nearest prototype  {found:.5f}" in text
 
 def test_validation():
     """best.pt has the lowest error, and the validation episodes stay the same."""
@@ -933,6 +940,9 @@ def versus(start, one, other, key="score", task="copy", **how):  # Hebbian, grad
     return verdict(start, cell(task, "none", guesses), cell(task, "hebbian", one, key),
                    cell(task, "gradient", other, key, **how))
 
+def three(*figures, task="copy", **args):  # a cell of each rule
+    return [cell(task, rule, of, **args) for rule, of in zip(RULES, figures)]
+
 def test_student():
     """Quantiles from any table of Student's t; a worked example of either form of the test."""
     for t, df, p in ((12.706, 1, 0.05), (4.303, 2, 0.05), (-2.776, 4, 0.05), (2.228, 10, 0.05),
@@ -961,16 +971,7 @@ def test_claims_follow_from_the_figures():
     # paired by seed what is +0.05 in each seed shows; with other seeds it drowns
     spread, more = [0.3, 0.5, 0.7], [0.35, 0.56, 0.75]
     assert versus("2", spread, more) == holds and versus("2", spread, more, first=5) == no
-    # errors are compared as logarithms, and must differ by a hundredth of what there is to learn
-    assert versus("1", [0.2, 0.4, 0.9], [1.1, 2.0, 4.6], task="regression") == holds
-    assert versus("1", [1.1, 2.0, 4.6], [0.2, 0.4, 0.9], task="regression") == not_so
-    assert versus("1", [0.001] * 3, [0.010, 0.011, 0.012], task="regression") == no
-    # as logarithms the first is better, by its mean the other: that shows nothing
-    assert versus("1", [0.04] * 4 + [4], [0.296] * 4 + [2.43], task="regression") == no
-    assert versus("4-open", [1e-4, 1e-3, 1e-2], [1e-3, 1.1e-2, 1e-1], "persistence") == holds
     # to be best is to beat each other one; either rule is enough to add to attention
-    def three(*figures, task="copy", **args):
-        return [cell(task, rule, of, **args) for rule, of in zip(RULES, figures)]
     assert versus("1", high, low) == holds and verdict("1", *three(low, low, high)) == not_so
     assert verdict("1", *three(high, high, low)) == no  # as good as one of them
     assert verdict("1", *three(low, high)) == "too few seeds (0, 0, 0)"  # nor without a rule
@@ -991,6 +992,15 @@ def test_claims_follow_from_the_figures():
     retest = [[{**row, "cell": row["cell"] + "@delay 60"} for row in of] for of in pair(high, low)]
     assert verdict("2", *pair(low, high), *retest) == holds
     assert verdict("2", pair(low, high)[0], pair(low, high, lr=9)[1]) is None
+
+def test_claims_on_errors_and_gates():
+    no, holds, not_so = "not shown (0, 0, 1)", "holds (1, 0, 0)", "does not hold (0, 1, 0)"
+    # errors are compared as logarithms, and must differ by a hundredth of what there is to learn
+    assert versus("1", [0.2, 0.4, 0.9], [1.1, 2.0, 4.6], task="regression") == holds
+    assert versus("1", [1.1, 2.0, 4.6], [0.2, 0.4, 0.9], task="regression") == not_so
+    assert versus("1", [0.001] * 3, [0.010, 0.011, 0.012], task="regression") == no
+    # as logarithms the first is better, by its mean the other: that shows nothing
+    assert versus("1", [0.04] * 4 + [4], [0.296] * 4 + [2.43], task="regression") == no
     # static weights suffice where their error is surely not larger by that hundredth
     for static, said in ([2e-4, 1e-4, 3e-4], holds), ([1e-3, 8e-4, 9e-4], no), ([0.08] * 3, not_so):
         figures = static, [1e-4, 2e-4, 1.5e-4], [2e-4, 2e-4, 1e-4]
@@ -999,12 +1009,14 @@ def test_claims_follow_from_the_figures():
     assert verdict("3", *([{**row, "learned": None} for row in of] for of in cues)) is None
     assert verdict("5-whole", *cues) == holds and verdict("5-window", *cues) is None
     # a rule that is surely worse does not make the p of one that may be better
-    worse = three([0.5, 0.51, 0.52], [0.5, 0.53, 0.52], [0.1, 0.13, 0.1], task="copy")
+    worse = three([0.5, 0.51, 0.52], [0.5, 0.53, 0.52], [0.1, 0.13, 0.1])
     assert verdict("5-window", *worse) == no and next(tables.claims(worse))[-1][0][1] > 0.3
     assert versus("2-learned", [300, 250, 270], [100, 101, 90], "learned") == holds
     assert versus("2-learned", [300, None, 280], [100, 101, 99], "learned") == holds  # as 550
+    assert versus("2-learned", [None] * 3, [500, 500, 499], "learned") == holds
     assert versus("2-learned", [70] * 3, [56] * 3, "learned") == no  # no spread, no test
     assert versus("2-learned", [None] * 3, [None] * 3, "learned") is None
+    assert versus("4-open", [1e-4, 1e-3, 1e-2], [1e-3, 1.1e-2, 1e-1], "persistence") == holds
     assert versus("4-gated", [9, 8, 10], [3, 4, 5], "selectivity", "cue") == holds
     late = dict(learned=None)  # gates count where each seed has learned
     assert verdict("4-g", cell("cue", "hebbian", [9, 8, 10], "selectivity"),

@@ -220,7 +220,7 @@ def picture(writes, task):
 
 def summary(run, args, task, answers):
     """Say what it answers, how long it took, when it was nearly perfect, and what to do now."""
-    near = abs(task.chance - task.perfect) / 20  # 5% of what there is to learn
+    near = abs(task.chance - task.perfect) / 20 + 1e-9  # 5% of what there is to learn
     learned = [row["step"] for row in run["log"] if abs(row["val_metric"] - task.perfect) <= near]
     print(*answers, f"finished: {run['step']} updates, {run['seconds']:.0f} s; best {task.metric} "
           f"{run['best']:.4f}; within 5% of perfect by update {learned[0] if learned else '-'}",

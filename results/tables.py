@@ -230,7 +230,7 @@ def depth(cells):
     for (every, last), rule in product(pairs, ("hebbian", "gradient")):
         two = [cells[name.format(rule)] for name in (every, last) if name.format(rule) in cells]
         for key in ("score", "learned") if len(two) == 2 else ():
-            p = compare(*two, key)[1] if min(map(len, two)) >= 3 else math.nan
+            p = compare(*two, key)[1] if min(map(len, two)) >= 3 else 1
             yield [two[0][0]["cell"], key, *(figure(rows, key) for rows in two),
                    "-" if p == 1 else f"{p:.2g}"]
 
@@ -261,7 +261,7 @@ def draw(cells, path):
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     columns = zip(figure.subplots(2, 3, sharex="col").T, ("delay", "seq_len", "pairs"), (
         r"copy-RULE-w8(-delay\d+)?", r"copy-RULE-w8(-len\d+)?", r"cue-RULE-w1-pairs\d+"))
-    for (column, size, kind), rule in product(columns, ("hebbian", "gradient")):  # (2) of axes
+    for (column, size, kind), rule in product(columns, ("hebbian", "gradient")):
         kind = re.compile(kind.replace("RULE", rule))
         of = [rows for cell, rows in cells.items() if kind.fullmatch(cell)]
         of.sort(key=lambda rows: rows[0]["sizes"][size])
