@@ -168,37 +168,50 @@ class FewShot(Classification):
     shots: Annotated[int, "labelled images of each class", 1] = 1
     queries: Annotated[int, "images asked for their label, of each class; regression: x", 1] = 5
 
+    turned: Annotated[int, "1: quarter-turns are classes of their own in validation and test, as "
+                      "they always are in training on Omniglot", 0, 1] = 0
+    alphabet: Annotated[int, "Omniglot, 1: one alphabet has all classes of an episode", 0, 1] = 0
+
     def __post_init__(self):
-        self.images, self.class_ids = load_pack(self.data_dir, self.task)
-        n_images, self.image_shape = self.images.size(1), self.images.shape[2:4]  # channels, size
-        fewest = min(len(ids) for ids in self.class_ids.values())
+        images, names, self.class_ids = load_pack(self.data_dir, self.task)
+        turned = [split for split in SPLITS
+                  if self.turned or (self.task == "omniglot" and split == "train")]
+        for split in turned:  # class i + k * len(names) is class i after k quarter-turns
+            ids = self.class_ids[split]
+            self.class_ids[split] = [i + k * len(names) for k in range(4) for i in ids]
+        if turned:
+            images = torch.cat([images.rot90(k, (-2, -1)) for k in range(4)])
+        self.images = images  # (classes, images, channels, size, size)
+        n_images, self.image_shape = images.size(1), images.shape[2:4]  # channels, size
+        # an episode's classes are those of one group: of an alphabet, or of all
+        groups = [name.split("/")[0] if self.alphabet else "" for name in names]
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+        self.group = {split: torch.tensor([numbers[groups[i % len(names)]] for i in ids])
+                      for split, ids in self.class_ids.items()}  # (classes) each
+        fewest = min(of.unique(return_counts=True)[1].min() for of in self.group.values())
         if self.ways > fewest or self.shots + self.queries > n_images:
-            raise ValueError(f"--ways {self.ways}, --shots {self.shots}, --queries {self.queries}: "
-                             f"{self.task} has {fewest} classes, of {n_images} images each")
+            said = " --alphabet 1," * self.alphabet
+            raise ValueError(f"--ways {self.ways},{said} --shots {self.shots}, --queries "
+                             f"{self.queries}: only {fewest} classes of {n_images} images there")
         self.n_out, self.chance = self.ways, 1 / self.ways
         self.step_names = ["image"] * self.ways * self.shots
 
-    def n_classes(self, split):  # in Omniglot quarter-turns are training classes of their own
-        turned = self.task == "omniglot" and split == "train"
-        return (4 if turned else 1) * len(self.class_ids[split])
-
     def take(self, split, classes, index, generator):
         """Images number `index` of `classes`, both (*) -> (*, channels, size, size), augmented."""
-        ids = torch.tensor(self.class_ids[split])
-        images = self.images[ids[classes % len(ids)], index]
-        if split == "train" and self.task == "omniglot":
-            turns = classes // len(ids)  # class c + k * len(ids) is class c after k quarter-turns
-            for k in (1, 2, 3):
-                images[turns == k] = images[turns == k].rot90(k, (-2, -1))
-            images = distort(images, generator)
-        elif split == "train":
-            flip = torch.rand(index.shape, generator=generator) < 0.5
-            images[flip] = images[flip].flip(-1)
+        images = self.images[torch.tensor(self.class_ids[split])[classes], index]
+        if split != "train":
+            return images
+        if self.task == "omniglot":
+            return distort(images, generator)
+        flip = torch.rand(index.shape, generator=generator) < 0.5
+        images[flip] = images[flip].flip(-1)
         return images
 
     def sample(self, split, batch_size, generator):
-        B, N, K = batch_size, self.ways, self.shots
-        classes = torch.rand(B, self.n_classes(split), generator=generator).argsort(dim=1)[:, :N]
+        B, N, K, group = batch_size, self.ways, self.shots, self.group[split]
+        rank = torch.rand(B, len(group), generator=generator)  # (B, classes)
+        rank += group != group[rank.argmin(dim=1)][:, None]  # other groups than the first's: last
+        classes = rank.argsort(dim=1)[:, :N]
         index = torch.rand(B, N, self.images.size(1), generator=generator).argsort(dim=2)
         parts = []
         for number in (index[..., :K], index[..., K:K + self.queries]):  # shots, queries: (B, N, .)
@@ -209,7 +222,7 @@ class FewShot(Classification):
                         self.take(split, *query, generator), target)
 
     def sample_images(self, batch_size, generator):  # to pretrain on: images, their classes (N)
-        classes = torch.randint(self.n_classes("train"), (batch_size,), generator=generator)
+        classes = torch.randint(len(self.group["train"]), (batch_size,), generator=generator)
         index = torch.randint(self.images.size(1), (batch_size,), generator=generator)
         return self.take("train", classes, index, generator), classes
 
@@ -276,7 +289,7 @@ def split_classes(name, classes):
     return {"train": sorted({*range(len(classes))} - {*val, *test}), "val": val, "test": test}
 
 def load_pack(data_dir, name):
-    """Images (classes, images, channels, size, size) uint8; the rows of each split's classes."""
+    """Images (classes, images, channels, size, size) uint8, classes' names, rows of each split."""
     path = Path(data_dir) / PACKS[name][0]
     try:
         if not path.exists():
@@ -298,7 +311,7 @@ def read_pack(path, name):
     images, classes = pack["images"], pack["classes"]
     if images.dtype != torch.uint8 or images.shape != shape or len(classes) != shape[0]:
         raise ValueError(f"not {shape} images in bytes")
-    return images, split_classes(name, classes)
+    return images, classes, split_classes(name, classes)
 
 def pack_cifar100(root):
     from torchvision.datasets import CIFAR100

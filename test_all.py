@@ -421,21 +421,27 @@ def test_few_shot_episodes():
         a, b, c, d, _ = corners.take_along_dim(way[None, ..., None], 0)[0].unbind(-1)
         return a * 256 + b, c * 256 + d, way
     # cifarfs is not to be distorted; the fake Omniglot's last 5 alphabets have 4 x 33 + 7 classes
-    cases = (("cifarfs", [64, 16, 20], [0, 1], None),
-             ("omniglot", [825, 139, 659], [1, 3, 5, 7], lambda images, _: images.flip(-1)))
-    for (name, sizes, ways, distort), split in product(cases, SPLITS):
-        task, generator = FewShot(name, fake_packs(), 5, 2, 3), random_generator(0, split)
-        parts = [task.class_ids[split] for split in SPLITS]
-        assert [*map(len, parts)] == sizes and sorted(sum(parts, [])) == [*range(sum(sizes))]
+    cases = (("cifarfs", (0, 0), [64, 16, 20], [0, 1], [0]),
+             ("omniglot", (0, 0), [825, 139, 659], [1, 3, 5, 7], [0]),
+             ("omniglot", (1, 1), [825, 139, 659], [1, 3, 5, 7], [0, 2, 4, 6]))
+    folder = fake_packs()
+    for (name, options, sizes, train_ways, ways), split in product(cases, SPLITS):
+        task, generator = FewShot(name, folder, 5, 2, 3, *options), random_generator(0, split)
+        n, ids = sum(sizes), {of: torch.tensor(task.class_ids[of]) for of in SPLITS}
+        parts = [(ids[of] % n).unique().tolist() for of in SPLITS]
+        assert [*map(len, parts)] == sizes and sorted(sum(parts, [])) == [*range(n)]
+        distort = None if name == "cifarfs" else lambda images, _: images.flip(-1)
         with mock.patch.object(tasks, "distort", distort):
             x, y, query_x, target = task.sample(split, 40, generator)
             images, classes = task.sample_images(50, generator)  # of training, to pretrain on
-        (kind, _, way), ids = identify(images), torch.tensor(parts[0])
-        assert torch.equal(ids[classes % len(ids)], kind) and way.unique().tolist() == ways
-        assert torch.equal(classes // len(ids), way // 2)
+        kind, _, way = identify(images)
+        assert torch.equal(ids["train"][classes], kind + way // 2 * n)
+        assert way.unique().tolist() == train_ways
         kind, number, way = identify(torch.cat([x, query_x], 1))  # (B, 25) each
-        assert {*kind.flatten().tolist()} <= {*task.class_ids[split]}
-        assert way.unique().tolist() == (ways if split == "train" else [0])
+        assert torch.isin(kind + way // 2 * n, ids[split]).all()
+        assert way.unique().tolist() == (train_ways if split == "train" else ways)
+        group = kind // 33 + 99 * (kind >= 964)
+        assert (group == group[:, :1]).all() == options[1], "not of one alphabet, or always"
         assert x.shape[:2] == y.shape == (40, 10) and query_x.shape[:2] == target.shape == (40, 15)
         assert max((part.diff() >= 0).all(1).float().mean() for part in (y, target)) < 0.2, "sorted"
         label, order = torch.cat([y, target], 1).sort()
@@ -500,7 +506,8 @@ def test_real_packs():
         raise SkipTest("no ../shared/data here")
     names = torch.load(folder / "omniglot.pt", weights_only=True, mmap=True)["classes"]
     cifarfs, ids = (FewShot(name, folder).class_ids for name in tasks.PACKS)
-    train, val, test = ({names[i].split("/")[0] for i in ids[split]} for split in SPLITS)
+    alphabets = [name.split("/")[0] for name in names] * 4  # quarter-turns are classes
+    train, val, test = ({alphabets[i] for i in ids[split]} for split in SPLITS)
     assert [len(train), len(val), len(test)] == [25, 5, 20] and len(ids["test"]) == 659
     assert max(train) < min(val) and not train & test
     assert [len(cifarfs[split]) for split in SPLITS] == [64, 16, 20]
@@ -767,8 +774,8 @@ def test_training_in_two_processes():
 # ------ 5. Bad input ------
 
 WRONG = """--n-head 3 --d-model 64; --pairs 9 --cues 8 --task cue; --ways 17 --task cifarfs
-    --shots 6 --queries 15 --task omniglot; --window -1; --block-size 31 --delay 40; --steps 0
-    --steps ten; --lr nan; --lr -1; --eta0 2; --alpha-init inf; --alpha-init -1; --max-norm -1
+    --alphabet 1 --task cifarfs; --shots 6 --queries 15 --task omniglot; --window -1; --block-size 31 --delay 40
+    --steps 0; --steps ten; --lr nan; --lr -1; --eta0 2; --alpha-init inf; --alpha-init -1; --max-norm -1
     --max-norm 0; --rule magic; --fold -1; --fold 0; --alpha rank2; --ablate all; --vocab-size 3
     --n-head 4 --d-model 12 --position rotary; --min-delay 6 --delay 5; --delay 3 --task cue
     --pretrain-steps 5; --nonsense; --fast-weights magic; --device tpu

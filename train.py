@@ -139,7 +139,7 @@ def evaluate(model, task, split, n_episodes, batch_size, generator, device):
 
 def pretrain(model, task, args, device, generator):
     """Train the image encoder as a classifier of the training classes; its head is thrown away."""
-    head = nn.Linear(model.embed.encoder.d_out, task.n_classes("train"))
+    head = nn.Linear(model.embed.encoder.d_out, len(task.class_ids["train"]))
     classifier = nn.Sequential(model.embed.encoder, head).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY)
     began, steps = time.time(), args.pretrain_steps
