@@ -10,10 +10,10 @@ them, as in results/, have all in their eval.json.
 """
 import argparse
 import importlib.util
-import io
 import json
 import math
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -23,8 +23,8 @@ from torch.nn.functional import one_hot
 from tasks import TASKS, random_generator, show
 from train import add_flags, evaluate, fail, load_run, number, one_line, prepare, save
 
-FIGURES = ("persistence", "cap_share", "change", "selectivity", "eta_selectivity", "share_of_pairs",
-           "items_over_rest")  # what is said of the gates
+# what is said of the gates
+FIGURES = "persistence cap_share change selectivity eta_selectivity share_of_pairs".split()
 
 def measure(run, options, changes, device):
     """All that is said of one run, as a dict that JSON can hold. ValueError where there is none."""
@@ -38,11 +38,11 @@ def measure(run, options, changes, device):
     sizes = {of.name: n for of in fields(task) if isinstance(n := getattr(task, of.name), int)}
     print(f"measuring {run} on {options.episodes} episodes", flush=True)
 
-    def test(model):  # on the same episodes each time
-        return evaluate(model.to(device), task, "test", options.episodes, options.batch_size,
+    def test(answer):  # on the same episodes each time
+        return evaluate(answer, task, "test", options.episodes, options.batch_size,
                         random_generator(options.seed, "test"), device)
 
-    result = test(model)
+    result = test(model.to(device).eval())
     scores, shown = result["scores"], result["shown"]
     row = dict(run=str(run), task=trained["task"], rule=trained["rule"], seed=trained["seed"],
                args=trained, sizes=sizes, step=state["step"], metric=task.metric,
@@ -52,7 +52,7 @@ def measure(run, options, changes, device):
     if shown is not None:  # the mean score of the answers that need step t
         row["by_step"] = [[t, scores[shown == t].mean().item()] for t in shown.unique().tolist()]
     if "ways" in trained:
-        row["prototype"] = nearest_prototype(model, task, options, device)
+        row["prototype"] = test(partial(nearest_prototype, model.embed))["score"]
     if result["gates"] is not None:
         # the lesion: the same model on the same episodes, but nothing is ever written
         model.plasticity.eta0 = 0.0
@@ -60,22 +60,16 @@ def measure(run, options, changes, device):
         row.update(lesion=lesioned["score"], lesion_interval=interval(lesioned["scores"]))
         # the gates are those of the end of training, whenever the model was the best
         _, _, model = load_run(Path(run) / "ckpt.pt", changes)
-        row.update(gate_figures(test(model)["gates"], shown, model, task.step_names))
+        row.update(gate_figures(test(model.to(device).eval())["gates"], shown, model))
     return row
 
-@torch.no_grad()
-def nearest_prototype(model, task, options, device):
-    """The accuracy of the encoder alone on the same episodes: a query is of the class the mean of
-    whose shots is nearest (Snell et al. 2017). What the model has beyond that is its reader's."""
-    generator, right, embed = random_generator(options.seed, "test"), [], model.embed.eval()
-    for start in range(0, options.episodes, options.batch_size):
-        n = min(options.batch_size, options.episodes - start)
-        shots, label, query, target = task.sample("test", n, generator).to(device)
-        shots, query = embed.features(shots), embed.features(query)  # (n, T, F), (n, Q, F)
-        of = one_hot(label, task.ways).to(shots.dtype)  # (n, T, ways)
-        means = of.mT @ shots / task.shots  # (n, ways, F)
-        right.append(torch.cdist(query, means).argmin(-1) == target)  # (n, Q)
-    return torch.cat(right).double().mean().item()
+def nearest_prototype(embed, episodes):
+    """What the encoder alone answers (B, Q, ways): a query is of the class the mean of whose shots
+    is nearest (Snell et al. 2017). What the model has beyond that is its reader's."""
+    shots, query = embed.features(episodes.support_x), embed.features(episodes.query_x)
+    of = one_hot(episodes.support_y, embed.n_out).to(shots.dtype)  # (B, T, ways)
+    means = of.mT @ shots / of.sum(1)[..., None]  # (B, ways, F)
+    return -torch.cdist(query, means), None
 
 def interval(scores):
     """Half the 95% interval of the mean of scores (n, L) of n episodes: 1.96 standard errors."""
@@ -84,7 +78,7 @@ def interval(scores):
         return 1.96**2 / (n + 1.96**2)  # Wilson's: n right of n is no certainty
     return 1.96 * scores.std().item() / math.sqrt(n) if n > 1 else math.inf
 
-def gate_figures(gates, shown, model, steps):
+def gate_figures(gates, shown, model):
     """Of gates (4, n, T) by train.evaluate, where what is asked for was `shown` (n, L)."""
     (eta, _, write, change), rule = gates, model.plasticity  # (n, T) each
     capped = write / rule.eta0 / rule.max_norm  # as a share of the most that these two allow
@@ -93,8 +87,6 @@ def gate_figures(gates, shown, model, steps):
     figures = dict(gates=dict(zip(("eta", "d_norm", "write", "change"), gates.mean(1).tolist())),
                    persistence=(eta.mean() / rule.eta0).item(), cap_share=capped.mean().item(),
                    change=change.mean().item() / slow, writes={"": capped.mean(0).tolist()})
-    if n := steps.count("item"):  # which come first: so this is no measure of salience
-        figures["items_over_rest"] = (write[:, :n].mean() / write[:, n:].mean()).item()
     if shown is None:
         return figures
     counts = torch.zeros_like(write, dtype=torch.bool).scatter(1, shown, True)  # (n, T)
@@ -126,12 +118,10 @@ def report(row):
         yield f"  nearest prototype  {row['prototype']:.5f}   (the encoder alone, same episodes)"
     if "by_step" in row:
         yield "  by step shown " + " ".join(f"{score:.3g}" for _, score in row["by_step"])[:86]
-    gates = row["gates"]
-    if gates:
+    yield from row.get("answers", ())
+    if gates := row["gates"]:
         yield "  " + "   ".join(f"{name.replace('_', ' ')} {row[name]:.5f}"
                                 for name in FIGURES if name in row)
-    yield from row.get("answers", ())
-    if gates:
         yield f"  {'step':14} {'eta':>8} {'||D||':>9} {'write':>8}   (means of all episodes)"
         names, most = row.get("steps", [""] * len(gates["eta"])), max(*gates["write"], 1e-12)
         for t, figures in enumerate(zip(gates["eta"], gates["d_norm"], gates["write"])):
@@ -154,10 +144,6 @@ def kept(path):
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): name a run of train.py") from error
 
-def learning_curve(run):
-    """Of each evaluation of a run the update, the validation score and the seconds."""
-    return [(r["step"], r["val_metric"], r["seconds"]) for r in kept(Path(run) / "metrics.jsonl")]
-
 def plot(rows, path):
     """Left the validation score by update, a thin line a run and a bold one their mean; right what
     each rule writes at each step, as a share of the most that eta_0 and max_norm allow."""
@@ -169,11 +155,12 @@ def plot(rows, path):
     rules = dict.fromkeys(["none", "hebbian", "gradient", *(row["rule"] for row in rows)])
     for color, rule in zip(("0.5", "C0", "C1", "C2", "C3"), rules):
         group = [row for row in rows if row["rule"] == rule]
-        lines = [learning_curve(row["run"]) for row in group]
+        lines = [[(at["step"], at["val_metric"]) for at in kept(Path(row["run"]) / "metrics.jsonl")]
+                 for row in group]
         for line in lines:
-            left.plot(*[*zip(*line)][:2], color=color, linewidth=0.6)
+            left.plot(*zip(*line), color=color, linewidth=0.6)
         if lines:
-            mean = [(at[0][0], fmean(score for _, score, _ in at)) for at in zip(*lines)]
+            mean = [(at[0][0], fmean(score for _, score in at)) for at in zip(*lines)]
             left.plot(*zip(*mean), color=color, linewidth=2, label=rule)
         for kind in group[0].get("writes", ()) if group else ():
             writes = zip(*(row["writes"][kind] for row in group))
@@ -190,9 +177,7 @@ def plot(rows, path):
     names = [name for name in dict.fromkeys(steps) if steps.count(name) > 1]
     right.set_xticks([steps.index(name) for name in names], names, ha="left")
     right.set(xlabel="step of the episode")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format=Path(path).suffix[1:] or "png")
-    save(path, picture.getvalue())
+    figure.savefig(path, dpi=120)
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
@@ -220,24 +205,18 @@ def main(argv=None):
     with one_line():
         options, changes = parse_args(argv)
         device, _, _ = prepare(options)
-        try:
-            evaluate_runs(options, changes, device)
-        except (LookupError, TypeError) as error:
-            raise ValueError(f"what is kept of a run is not what we wrote: {error!r}") from error
-
-def evaluate_runs(options, changes, device):
-    rows, others = [], changes or (options.episodes, options.seed) != (600, 0)  # than are kept
-    for run in options.runs:
-        best, file = Path(run) / "best.pt", Path(run) / "eval.json"
-        if best.exists() or others or not file.exists():
-            rows.append(measure(run, options, changes, device))
-        else:
-            rows.append({**kept(file)[0], "run": run})
-    if options.json:
-        save(options.json, (json.dumps(rows, indent=1) + "\n").encode())
-    if options.plot:
-        plot(rows, options.plot)
-    print("\n".join(report(*rows) if len(rows) == 1 else overview(rows)))
+        rows, others = [], changes or (options.episodes, options.seed) != (600, 0)  # than are kept
+        for run in options.runs:
+            best, file = Path(run) / "best.pt", Path(run) / "eval.json"
+            if best.exists() or others or not file.exists():
+                rows.append(measure(run, options, changes, device))
+            else:
+                rows.append({**kept(file)[0], "run": run})
+        if options.json:
+            save(options.json, (json.dumps(rows, indent=1) + "\n").encode())
+        if options.plot:
+            plot(rows, options.plot)
+        print("\n".join(report(*rows) if len(rows) == 1 else overview(rows)))
 
 if __name__ == "__main__":
     main()

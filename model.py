@@ -177,9 +177,8 @@ class Transformer(nn.Module):
         n_positions = len(task.step_names) + (task.kind != "token")  # all queries stand at one
         self.block_size = config.block_size or n_positions
         if config.position == "learned" and n_positions > self.block_size:
-            raise ValueError(
-                f"an episode has {n_positions} steps and this run {self.block_size} positions: ask "
-                "for a shorter one, or train with a larger --block-size or --position rotary")
+            raise ValueError(f"{n_positions} steps, but {self.block_size} positions: ask for less, "
+                             "or train with a larger --block-size or --position rotary")
         self.plasticity = Plasticity(config.rule, task.n_out, config.eta0, config.max_norm,
                                      config.aux_dim, config.ablate)
         self.embed = Embed(task, config)

@@ -109,8 +109,7 @@ class Cue(SquaredError):
     """Pairs of a one-hot cue and a reward in [0, 1]; then each cue again, in random order."""
     pairs: Annotated[int, "pairs of a cue and its reward", 1] = 8
     cues: Annotated[int, "cues there are", 1] = 20
-    noise: Annotated[int, "pairs at random times among them that do not count, as one more feature "
-                     "says: nobody asks for these", 0] = 0
+    noise: Annotated[int, "pairs among them that nobody asks for, as one more feature says", 0] = 0
 
     def __post_init__(self):
         if self.pairs > self.cues:
@@ -167,44 +166,38 @@ class FewShot(Classification):
     ways: Annotated[int, "classes of an episode", 1] = 5
     shots: Annotated[int, "labelled images of each class", 1] = 1
     queries: Annotated[int, "images asked for their label, of each class; regression: x", 1] = 5
-
-    turned: Annotated[int, "1: quarter-turns are classes of their own in validation and test, as "
-                      "they always are in training on Omniglot", 0, 1] = 0
+    turned: Annotated[int, "1: quarter-turns are classes in validation and test, too", 0, 1] = 0
     alphabet: Annotated[int, "Omniglot, 1: one alphabet has all classes of an episode", 0, 1] = 0
 
     def __post_init__(self):
         images, names, self.class_ids = load_pack(self.data_dir, self.task)
-        turned = [split for split in SPLITS
-                  if self.turned or (self.task == "omniglot" and split == "train")]
-        for split in turned:  # class i + k * len(names) is class i after k quarter-turns
-            ids = self.class_ids[split]
-            self.class_ids[split] = [i + k * len(names) for k in range(4) for i in ids]
-        if turned:
+        if self.task == "omniglot" or self.turned:  # in training quarter-turns are always classes
             images = torch.cat([images.rot90(k, (-2, -1)) for k in range(4)])
+            for split in SPLITS if self.turned else ["train"]:  # k turns make class i + k * all
+                ids = self.class_ids[split]
+                self.class_ids[split] = torch.cat([ids + k * len(names) for k in range(4)])
         self.images = images  # (classes, images, channels, size, size)
         n_images, self.image_shape = images.size(1), images.shape[2:4]  # channels, size
         # an episode's classes are those of one group: of an alphabet, or of all
-        groups = [name.split("/")[0] if self.alphabet else "" for name in names]
-        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-        self.group = {split: torch.tensor([numbers[groups[i % len(names)]] for i in ids])
-                      for split, ids in self.class_ids.items()}  # (classes) each
+        names = [name.split("/")[0] * self.alphabet for name in names] * 4
+        groups = torch.tensor([names.index(name) for name in names])  # of each class
+        self.group = {split: groups[ids] for split, ids in self.class_ids.items()}
         fewest = min(of.unique(return_counts=True)[1].min() for of in self.group.values())
         if self.ways > fewest or self.shots + self.queries > n_images:
-            said = " --alphabet 1," * self.alphabet
-            raise ValueError(f"--ways {self.ways},{said} --shots {self.shots}, --queries "
-                             f"{self.queries}: only {fewest} classes of {n_images} images there")
+            raise ValueError(
+                f"--ways {self.ways}, --alphabet {self.alphabet}, --shots {self.shots}, --queries "
+                f"{self.queries}: only {fewest} classes of {n_images} images there")
         self.n_out, self.chance = self.ways, 1 / self.ways
         self.step_names = ["image"] * self.ways * self.shots
 
     def take(self, split, classes, index, generator):
         """Images number `index` of `classes`, both (*) -> (*, channels, size, size), augmented."""
-        images = self.images[torch.tensor(self.class_ids[split])[classes], index]
-        if split != "train":
-            return images
-        if self.task == "omniglot":
-            return distort(images, generator)
-        flip = torch.rand(index.shape, generator=generator) < 0.5
-        images[flip] = images[flip].flip(-1)
+        images = self.images[self.class_ids[split][classes], index]
+        if split == "train" and self.task == "omniglot":
+            images = distort(images, generator)
+        elif split == "train":
+            flip = torch.rand(index.shape, generator=generator) < 0.5
+            images[flip] = images[flip].flip(-1)
         return images
 
     def sample(self, split, batch_size, generator):
@@ -273,24 +266,15 @@ CIFARFS_VAL = """beaver otter flatfish shark lamp television beetle butterfly se
     crab crocodile maple_tree motorcycle tractor""".split()
 CIFARFS_TEST = """whale poppy rose sweet_pepper telephone bed table wardrobe leopard plain
     chimpanzee fox snail worm baby man woman bicycle pickup_truck rocket""".split()
-OMNIGLOT_BACKGROUND = 964  # characters of the background set, which come first in the pack
+# Omniglot: the background set trains, its last 5 alphabets validate, the evaluation set tests
+OMNIGLOT = range(813), range(813, 964), range(964, 1623)
 PACKS = {"cifarfs": ("cifar100.pt", (100, 600, 3, 32, 32)),  # classes, images, channels, size, size
          "omniglot": ("omniglot.pt", (1623, 20, 1, 28, 28))}
 
-def split_classes(name, classes):
-    """Which rows of a pack, whose classes have these names, train, validate and test."""
-    if name == "cifarfs":
-        val, test = [[classes.index(c) for c in part] for part in (CIFARFS_VAL, CIFARFS_TEST)]
-    else:  # the last 5 alphabets of the background set validate, the evaluation set tests
-        alphabets = [c.split("/")[0] for c in classes]
-        last = sorted(set(alphabets[:OMNIGLOT_BACKGROUND]))[-5:]
-        val = [i for i in range(OMNIGLOT_BACKGROUND) if alphabets[i] in last]
-        test = list(range(OMNIGLOT_BACKGROUND, len(classes)))
-    return {"train": sorted({*range(len(classes))} - {*val, *test}), "val": val, "test": test}
-
 def load_pack(data_dir, name):
     """Images (classes, images, channels, size, size) uint8, classes' names, rows of each split."""
-    path = Path(data_dir) / PACKS[name][0]
+    file, shape = PACKS[name]
+    path = Path(data_dir) / file
     try:
         if not path.exists():
             print(f"{path} is not there: downloading and packing {name}, once", flush=True)
@@ -298,20 +282,19 @@ def load_pack(data_dir, name):
             with tempfile.TemporaryDirectory(dir=path.parent) as root:  # half a download stays here
                 pack = pack_cifar100(root) if name == "cifarfs" else pack_omniglot(root)
                 torch.save(pack, f"{root}/pack")
-                read_pack(f"{root}/pack", name)
                 os.replace(f"{root}/pack", path)
-        return read_pack(path, name)
+        pack = torch.load(path, weights_only=True, mmap=True)
+        images, classes = pack["images"], pack["classes"]
+        if images.dtype != torch.uint8 or images.shape != shape or len(classes) != shape[0]:
+            raise ValueError(f"not {shape} images in bytes")
+        rows = OMNIGLOT
+        if name == "cifarfs":
+            train = [c for c in classes if c not in CIFARFS_VAL + CIFARFS_TEST]
+            rows = [[classes.index(c) for c in part] for part in (train, CIFARFS_VAL, CIFARFS_TEST)]
+        return images, classes, dict(zip(SPLITS, map(torch.tensor, rows)))
     except Exception as error:  # a download or a damaged file can fail in any way
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ValueError(f"no {name} in {path} ({reason}): check the network and --data-dir, and "
+        raise ValueError(f"no {name} in {path} ({error!r}): check the network and --data-dir, and "
                          "delete the file if it is there, to download it again") from error
-
-def read_pack(path, name):
-    pack, shape = torch.load(path, weights_only=True, mmap=True), PACKS[name][1]
-    images, classes = pack["images"], pack["classes"]
-    if images.dtype != torch.uint8 or images.shape != shape or len(classes) != shape[0]:
-        raise ValueError(f"not {shape} images in bytes")
-    return images, classes, split_classes(name, classes)
 
 def pack_cifar100(root):
     from torchvision.datasets import CIFAR100

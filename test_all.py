@@ -420,14 +420,14 @@ def test_few_shot_episodes():
         way = (corners[..., 4] == 255).long().argmax(0)
         a, b, c, d, _ = corners.take_along_dim(way[None, ..., None], 0)[0].unbind(-1)
         return a * 256 + b, c * 256 + d, way
-    # cifarfs is not to be distorted; the fake Omniglot's last 5 alphabets have 4 x 33 + 7 classes
+    # cifarfs is not to be distorted
     cases = (("cifarfs", (0, 0), [64, 16, 20], [0, 1], [0]),
-             ("omniglot", (0, 0), [825, 139, 659], [1, 3, 5, 7], [0]),
-             ("omniglot", (1, 1), [825, 139, 659], [1, 3, 5, 7], [0, 2, 4, 6]))
+             ("omniglot", (0, 0), [813, 151, 659], [1, 3, 5, 7], [0]),
+             ("omniglot", (1, 1), [813, 151, 659], [1, 3, 5, 7], [0, 2, 4, 6]))
     folder = fake_packs()
     for (name, options, sizes, train_ways, ways), split in product(cases, SPLITS):
         task, generator = FewShot(name, folder, 5, 2, 3, *options), random_generator(0, split)
-        n, ids = sum(sizes), {of: torch.tensor(task.class_ids[of]) for of in SPLITS}
+        n, ids = sum(sizes), task.class_ids
         parts = [(ids[of] % n).unique().tolist() for of in SPLITS]
         assert [*map(len, parts)] == sizes and sorted(sum(parts, [])) == [*range(n)]
         distort = None if name == "cifarfs" else lambda images, _: images.flip(-1)
@@ -469,7 +469,7 @@ def test_packing_downloads():
     want = [f"c{i:03}" for i in range(100)]
     folder, six = new_folder() / "new", (6, 20, 1, 28, 28)
     with quiet(), mock.patch.multiple("torchvision.datasets", CIFAR100=cifar, Omniglot=omniglot), \
-         mock.patch.multiple(tasks, PACKS={"omniglot": ("pack", six)}, OMNIGLOT_BACKGROUND=4):
+         mock.patch.object(tasks, "PACKS", {"omniglot": ("pack", six)}):
         images, classes = tasks.pack_cifar100("").values()  # and of Omniglot two at once
         in_two_processes(lambda: tasks.load_pack(folder, "omniglot"))
     assert images.shape == (100, 600, 3, 32, 32) and classes == want
@@ -498,7 +498,8 @@ def test_broken_downloads():
              mock.patch("torchvision.datasets.Omniglot.download_url_prefix", url), \
              TestCase().assertRaisesRegex(ValueError, line):
             tasks.load_pack(folder, name)
-        assert not os.listdir(folder), f"{way}: {name} left {os.listdir(folder)}"
+        left = os.listdir(folder)
+        assert way == "few" or not left, f"{way}: {name} left {left}"
 
 def test_real_packs():
     folder = HERE.parent / "shared" / "data"
@@ -614,7 +615,6 @@ def test_evaluation_of_a_run():
         assert abs(row["interval"] - 1.96 * right.mean(1).std() / 30**0.5) < 1e-6
         assert_close(torch.tensor(row["gates"]["write"]), write, "the mean write", 1e-5)
         assert_close(torch.tensor(row["writes"][""]), write / 0.02, "the mean write", 1e-3)
-        assert abs(row["items_over_rest"] - write[:2].mean() / write[2:].mean()) < 1e-4
         assert abs(row["persistence"] - eta.mean() / 0.02) < 1e-5
         assert abs(row["cap_share"] - write.mean() / 0.02) < 1e-4
         slow = torch.cat([p.flatten() for name, p in last.named_parameters()
@@ -637,7 +637,7 @@ def test_salience():
     write = torch.tensor([[7, 6, 3, 4, 7], [7, 2, 3, 4, 7], [7, 1, 9, 4, 7], [7, 2, 9, 4, 7],
                           [7, 3, 3, 1, 7]]).double()
     gates = torch.stack([write.square(), write, write, write])  # (4, 5, 5)
-    row = evaluation.gate_figures(gates, shown, model, ["pair"] * 5)
+    row = evaluation.gate_figures(gates, shown, model)
     # at step 1: 6 and 2 against 1, 2 and 3; at step 2: 9 and 9 against 3s; at step 3: 1 against 4s
     assert math.isclose(row["selectivity"], (4 / 2 + 9 / 3 + 1 / 4) / 3)
     assert math.isclose(row["eta_selectivity"], (20 / (14 / 3) + 81 / 9 + 1 / 16) / 3)
@@ -645,34 +645,27 @@ def test_salience():
     for kind, begin, means in (", counts", 0, [7.0, 4, 9, 1]), (", noise", 1, [2.0, 3, 4, 7]):
         capped = torch.tensor(row["writes"][kind][begin:begin + 4])  # of eta_0 0.02, max_norm 0.5
         assert_close(capped * 0.02 * 0.5, torch.tensor(means), kind, 1e-5)
-    shown, steps = torch.tensor([[0, 1]] * 5), ["item"] * 2 + ["rest"] * 3
-    row = evaluation.gate_figures(gates, shown, model, steps)
+    row = evaluation.gate_figures(gates, torch.tensor([[0, 1]] * 5), model)
     assert "selectivity" not in row
-    assert math.isclose(row["items_over_rest"], (35 + 14) / 2 / ((27 + 17 + 35) / 3))
     ones = torch.ones(600, 5)
     assert math.isclose(evaluation.interval(ones), 1 - 600 / (600 + 1.96**2))  # Wilson's
     assert evaluation.interval(ones[:1]) == math.inf
 
 def test_nearest_prototype():
     """One query at a time, against the mean of each class's shots, on the scored episodes."""
-    task, right = FewShot("omniglot", fake_packs(), 3, 2, 4), []
-    model = small_model(task, "none").float()
-    options = SimpleNamespace(seed=0, episodes=10, batch_size=4)
-    generator, embed = random_generator(0, "test"), model.embed
+    run = trained(f"{TINY_IMAGES} --shots 2 --rule none --steps 1 --data-dir {fake_packs()}")
+    text = call(evaluation, f"{run} --queries 4 --episodes 10 --batch-size 4 --json {run}/e.json")
+    _, task, model = train.load_run(run / "best.pt", dict(queries=4))
+    generator, embed, right = random_generator(0, "test"), model.eval().embed, []
     for n in 4, 4, 2:
         for x, y, query_x, target in zip(*task.sample("test", n, generator)):
             shots, queries = (embed.norm(embed.encoder(images)) for images in (x, query_x))
             assert_close(embed.features(x[None])[0], shots, "what the model sees", 1e-5)
             for query, label in zip(queries, target):
-                far = torch.stack([(query - shots[y == c].mean(0)).norm() for c in range(3)])
+                far = torch.stack([(query - shots[y == c].mean(0)).norm() for c in range(5)])
                 right.append((far.argmin() == label).item())
-    found = evaluation.nearest_prototype(model, task, options, "cpu")
-    assert len(right) == 120 and 0.4 < found < 1 and abs(found - sum(right) / 120) < 1e-9
-    run = trained(f"{TINY_IMAGES} --rule none --steps 1 --data-dir {fake_packs()}")
-    text = call(evaluation, f"{run} --episodes 10 --batch-size 4 --json {run}/e.json")
-    _, task, model = train.load_run(run / "best.pt", dict(queries=15))
-    found = evaluation.nearest_prototype(model, task, options, "cpu")
-    assert json.loads((run / "e.json").read_text())[0]["prototype"] == found
+    found = json.loads((run / "e.json").read_text())[0]["prototype"]
+    assert len(right) == 200 and 0.25 < found < 1 and abs(found - sum(right) / 200) < 1e-9
     assert f"nearest prototype  {found:.5f}" in text
 
 def test_validation():
@@ -822,7 +815,8 @@ def damaged(read, trap):  # of each file that a command reads: path, content ins
             for content in (*cut, *map(saved, ([1, 2], *wrong))):
                 yield path, content, (2,)
     for _ in range(int(os.environ.get("DAMAGED", 15))):
-        path, flips = rng.choice([*read]), rng.choice((0, 1, 10, 1000))
+        path = rng.choice([path for path in read if path.suffix == ".pt"])
+        flips = rng.choice((0, 1, 10, 1000))
         content = bytearray(path.read_bytes())
         for _ in range(flips):
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)

@@ -119,9 +119,8 @@ def update(model, task, optimizer, episodes):
 
 @torch.no_grad()
 def evaluate(model, task, split, n_episodes, batch_size, generator, device):
-    """n episodes of a split -> loss, score; scores and `shown` (in tasks.py) of each answer (n, L);
-    gates (4, n, T) of each step: eta_t, ||D_t||, eta_t ||D_t||, eta_t ||alpha ∘ D_t||."""
-    model.eval()
+    """n episodes of a split by a model in .eval() -> loss, score; scores, `shown` (in tasks.py) of
+    each answer (n, L); gates (4, n, T): eta_t, ||D_t||, eta_t ||D_t||, eta_t ||alpha ∘ D_t||."""
     losses, scores, shown, gates = [], [], [], []
     for start in range(0, n_episodes, batch_size):
         episodes = task.sample(split, min(batch_size, n_episodes - start), generator).to(device)
@@ -132,7 +131,6 @@ def evaluate(model, task, split, n_episodes, batch_size, generator, device):
         if fast:
             eta, norm, change = (torch.cat(of, 1) for of in (fast.eta, fast.norm, fast.change))
             gates.append(torch.stack([eta, norm, eta * norm, change]).cpu().double())
-    model.train()
     scores, shown, gates = (torch.cat(of, -2) if of else None for of in (scores, shown, gates))
     return dict(loss=statistics.fmean(losses), score=scores.mean().item(), scores=scores,
                 shown=shown, gates=gates)
@@ -158,7 +156,7 @@ def train(args, task, model, device, state=None, rank=0, world=1):
     """The one loop, for every task and rule; `state`: where to go on; rank 0 of `world` writes."""
     folder, generator = Path(args.out_dir), random_generator(args.seed, "train")
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
-    run = dict(step=0, seconds=0.0, best=None, losses=[], log=[])
+    run = dict(step=0, seconds=0.0, best=math.inf, losses=[], log=[])
     if state:
         run = state["run"]
         optimizer.load_state_dict(state["optimizer"])
@@ -188,18 +186,18 @@ def train(args, task, model, device, state=None, rank=0, world=1):
             print(f"step {step}/{args.steps}  loss {loss:.4f}  {left:.0f} s left", flush=True)
 
         if step % args.eval_interval == 0 or step == args.steps:  # on the same episodes each time
-            result = evaluate(model, task, "val", EVAL_EPISODES, args.batch_size,
+            result = evaluate(model.eval(), task, "val", EVAL_EPISODES, args.batch_size,
                               random_generator(args.seed, "val"), device)
             line = log(run, result, task.metric, folder)
             if watching:  # one episode, drawn over the three lines of the last picture
                 one = evaluate(model, task, "val", 1, 1, random_generator(0, "val"), device)
                 line, above = above + line + picture(one["gates"][2, 0], task), "\x1b[3F\x1b[J"
             print(line, flush=True)
-            best, score = run["best"], result["score"]
-            if best is None or abs(score - task.perfect) <= abs(best - task.perfect):
-                run["best"] = score
+            if abs(result["score"] - task.perfect) <= abs(run["best"] - task.perfect):
+                run["best"] = result["score"]
                 save(folder / "best.pt", dict(args=vars(args), step=step, model=model.state_dict()))
             save_checkpoint(run, args, model, optimizer, generator)
+            model.train()
     if not rank:
         summary(run, args, task, show(model, task, "val", device))
 

@@ -12,7 +12,7 @@ from statistics import fmean, stdev, variance
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from eval import kept, learning_curve  # noqa: E402
+from eval import kept  # noqa: E402
 from train import defaults  # noqa: E402
 
 RULES = {"none": "static", "hebbian": "Hebbian", "gradient": "gradient"}
@@ -69,14 +69,14 @@ def read_cells():
                         for name in usual if name not in NO_SETTING
                         and args.get(name, usual[name]) != usual[name])
         tested = path.stem[len("eval"):].replace("-delay-", "@delay ")
-        curve, perfect = learning_curve(path.parent), row["metric"] == "accuracy"
+        log, perfect = kept(path.parent / "metrics.jsonl"), row["metric"] == "accuracy"
         least = TASKS[row["task"]][1] / 20 + 1e-9  # 5%, and what rounding adds
-        near = [n for n, score, _ in curve if abs(score - perfect) <= least]
+        near = [at["step"] for at in log if abs(at["val_metric"] - perfect) <= least]
         shown = "the paper's budget" if cell.endswith("-paper") else told or "-"
         place = order.index(row["task"]), shown + tested, order.index(row["rule"])
         row.update(run=path.parent.name, cell=cell + tested, flags=told, settings=shown + tested,
                    alike=str({k: args.get(k, usual[k]) for k in usual if k not in NO_SETTING}),
-                   learned=min(near, default=None), minutes=curve[-1][2] / 60, place=place)
+                   learned=min(near, default=None), minutes=log[-1]["seconds"] / 60, place=place)
         cells.setdefault(row["cell"], []).append(row)
     return dict(sorted(cells.items(), key=lambda cell: cell[1][0]["place"]))
 
@@ -119,18 +119,15 @@ def by_rule(cells, kind, key="score"):  # * in the name of the kind stands for t
 
 def t_test(one, other):
     """The mean of one - other, two dicts by seed, and its two-sided p by Student's t."""
-    ones, others = one.values(), other.values()
+    samples = [[*one.values()], [*other.values()]]  # Welch's
     if one.keys() == other.keys():  # paired by seed
-        differences = [one[seed] - other[seed] for seed in one]
-        mean, df = fmean(differences), len(differences) - 1
-        square = variance(differences) / len(differences)  # of the standard error
-    else:  # Welch's
-        mean, a, b = fmean(ones) - fmean(others), *(variance(v) / len(v) for v in (ones, others))
-        square = a + b
-        df = square**2 / (a**2 / (len(ones) - 1) + b**2 / (len(others) - 1)) if square else 1
-    if square <= 1e-20 * mean**2:  # no spread: perfect figures, or updates read at few: no test
+        samples = [[one[seed] - other[seed] for seed in one]]
+    mean = fmean(one.values()) - fmean(other.values())
+    squares = [variance(of) / len(of) for of in samples]  # of the standard errors
+    if sum(squares) <= 1e-20 * mean**2:  # no spread, or none but rounding: no test
         return mean, 1.0
-    return mean, p_value(mean / math.sqrt(square), df)
+    df = sum(squares)**2 / sum(a**2 / (len(of) - 1) for a, of in zip(squares, samples))
+    return mean, p_value(mean / math.sqrt(sum(squares)), df)
 
 def p_value(t, df):
     """How much of Student's density lies beyond ±t: in angles, t = sqrt(df) tan(angle), the
@@ -234,12 +231,6 @@ def depth(cells):
             yield [two[0][0]["cell"], key, *(figure(rows, key) for rows in two),
                    "-" if p == 1 else f"{p:.2g}"]
 
-def delays(cells):
-    """Models trained on delays of 10 to 40, tested at four."""
-    for cell in cells:
-        if re.fullmatch("copy-.*-mix-[a-z]+", cell):
-            yield [cell, *(figure(cells[f"{cell}@delay {n}"], "score") for n in (10, 20, 60, 80))]
-
 def tries(rows):
     """Settings that were tried with each rule, on validation: the last score, when learned."""
     found = {}  # flags: {rule: what is said}
@@ -251,24 +242,23 @@ def tries(rows):
             found.setdefault(flags, {})[rule] = f"{row['validation'][-1][1]:.5f}, {learned}"
     return [[flags, *(of.get(rule, "-") for rule in RULES)] for flags, of in found.items()]
 
-HORIZON = dict(delay="blanks", seq_len="tokens", pairs="pairs of 64 cues")
-
 def draw(cells, path):
     """Of both rules score and updates until learned, by blanks, tokens and pairs: a thin line a
     seed, a bold one their mean, which stops where a seed has not learned."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.5), layout="constrained")
-    columns = zip(figure.subplots(2, 3, sharex="col").T, ("delay", "seq_len", "pairs"), (
+    columns = zip(figure.subplots(2, 3, sharex="col").T, ("delay", "seq_len", "pairs"),
+                  ("blanks", "tokens", "pairs of 64 cues"), (
         r"copy-RULE-w8(-delay\d+)?", r"copy-RULE-w8(-len\d+)?", r"cue-RULE-w1-pairs\d+"))
-    for (column, size, kind), rule in product(columns, ("hebbian", "gradient")):
+    for (column, size, name, kind), rule in product(columns, ("hebbian", "gradient")):
         kind = re.compile(kind.replace("RULE", rule))
         of = [rows for cell, rows in cells.items() if kind.fullmatch(cell)]
         of.sort(key=lambda rows: rows[0]["sizes"][size])
         column[0].axhline(of[0][0]["chance"], color="0.5", linestyle="dashed", linewidth=1)
         sizes, color = [rows[0]["sizes"][size] for rows in of], {"hebbian": "C0"}.get(rule, "C1")
         for axes, key in zip(column, ("score", "learned")):
-            axes.set(xlabel=HORIZON[size], xscale="log",
+            axes.set(xlabel=name, xscale="log",
                      ylabel=of[0][0]["metric"] if key == "score" else "update when learned")
             axes.set_xticks(sizes, sizes)
             axes.minorticks_off()
@@ -318,7 +308,9 @@ def pages():
     blocks["speed"] = table(["minutes", *RULES.values()], [
         [name, *by_rule(cells, kind, "minutes")] for name, kind in SPEED.items()])
     blocks["depth"] = table(["experiment", "", "all blocks", "the last", "p"], depth(cells))
-    blocks["delays"] = table(["tested at a delay of", "10", "20", "60", "80"], delays(cells))
+    blocks["delays"] = table(["tested at a delay of", "10", "20", "60", "80"], [
+        [name, *(figure(cells[f"{name}@delay {n}"], "score") for n in (10, 20, 60, 80))]
+        for name in cells if re.fullmatch("copy-.*-mix-[a-z]+", name)])
     tuning = kept(HERE / "tuning.jsonl")
     blocks["tries"] = table(["score, and update when learned", *RULES.values()], tries(tuning))
     for n, of in enumerate(tuning, 1):  # line n is cell tuning-n
