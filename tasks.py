@@ -1,8 +1,7 @@
 """The five tasks of arXiv 2510.21908, each a source of batches of episodes.
 
 A task draws B episodes of a split by `sample(split, batch_size, generator)`, has a `loss(out,
-target)` to train on, a `score(out, target)` of each answer, and `describe(x, y)`: a word for each
-of N steps with inputs x and values, labels or answers y. It says of itself
+target)` to train on and a `score(out, target)` of each answer. It says of itself
 
     kind         token, vector or image, with a vocab_size, n_features or image_shape: model.Embed
     n_out        numbers in an answer; metric, perfect: what its score is called, and the best
@@ -53,9 +52,6 @@ class Classification:
     def score(self, out, target):  # (B, L), on the CPU, as MPS has no double precision
         return (out[:, -target.size(1):].argmax(-1) == target).cpu().double()
 
-    def describe(self, x, y):
-        return [str(of) for of in (x if y is None else y).tolist()]  # tokens shown; labels
-
 class SquaredError:
     """Mean squared error of the answers: out (B, Q, 1), target (B, Q, 1)."""
     metric, perfect, kind, n_out, constant = "mse", 0.0, "vector", 1, 1.0
@@ -65,9 +61,6 @@ class SquaredError:
 
     def score(self, out, target):  # (B, Q)
         return (out - target).cpu().double().square().squeeze(2)
-
-    def describe(self, x, y):
-        return [f"{value:+.2f}" for value in y[:, 0].tolist()]
 
 @dataclass
 class Copy(Classification):
@@ -133,10 +126,6 @@ class Cue(SquaredError):
 
     def shown(self, episodes):
         return (episodes.query_x @ episodes.support_x.mT).argmax(-1)
-
-    def describe(self, x, y):
-        cues = x[:, :self.cues].argmax(-1).tolist()
-        return [f"{cue}:{reward:.2f}" for cue, reward in zip(cues, y[:, 0].tolist())]
 
 @dataclass
 class Regression(SquaredError):
@@ -234,7 +223,8 @@ def make_task(args):
 
 @torch.no_grad()
 def show(model, task, split, device, n=3):
-    """n episodes as lines: what is shown, right, answered, and answered with nothing written."""
+    """n episodes as lines: tokens, rewards, y or labels shown; right; answered; silenced, which is
+    answered with nothing written."""
     episodes, rule = task.sample(split, n, random_generator(0, split)), model.plasticity
     answers, eta0 = {"answered": model.eval()(episodes.to(device))[0]}, rule.eta0
     if rule.rule != "none":
@@ -242,12 +232,13 @@ def show(model, task, split, device, n=3):
         answers["silenced"] = model(episodes.to(device))[0]
         rule.eta0 = eta0
     for b in range(n):
-        x, y, query_x, target = (t if t is None else t[b] for t in episodes)
-        lines = {"shown": task.describe(x, y), "right": task.describe(query_x, target)}
+        x, y, _, target = (t if t is None else t[b] for t in episodes)
+        lines = {"shown": x if y is None else y, "right": target}
         for name, out in answers.items():
-            y = out[b, -len(target):].cpu()  # (L, n_out)
-            lines[name] = task.describe(query_x, y if target.is_floating_point() else y.argmax(-1))
-        for name, words in lines.items():
+            out = out[b, -len(target):].cpu()  # (L, n_out)
+            lines[name] = out if target.is_floating_point() else out.argmax(-1)
+        for name, values in lines.items():
+            words = [str(round(value, 2)) for value in values.flatten().tolist()]
             yield f"  {name:8}  {' '.join(words)[:88]}"
 
 def distort(images, generator):
