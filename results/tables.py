@@ -85,7 +85,7 @@ def figure(rows, key):
     if key == "seeds":
         return str(len(rows))
     name = "score" if key in ("worst", "best") else key
-    if name not in SCORES + GATES + SALIENCE:
+    if name not in (*SCORES, *GATES, *SALIENCE, "prototype"):
         raise ValueError(f"no figure is called '{key}'")
     accuracy = rows[0]["metric"] == "accuracy"
     known = sorted((row[name] for row in rows if row.get(name) is not None), reverse=accuracy)
@@ -94,7 +94,7 @@ def figure(rows, key):
     # minutes are those of the quickest run: others had to share the machine with more
     values = {"best": known[:1], "worst": known[-1:], "minutes": [min(known)]}.get(key, known)
     mean, digits = fmean(values), 3
-    if accuracy and name in ("score", "lesion"):
+    if accuracy and name in ("score", "lesion", "prototype"):
         if mean == 1:  # all right, on the same episodes for each seed: Wilson's lower bound of 95%
             n = rows[0]["episodes"]
             return f"1.000 (≥ {n / (n + 1.96**2):.3f})"
@@ -292,9 +292,10 @@ def pages():
         ["attention over the last 8 steps", *by_rule(cells, "copy-*-w8")],
         ["the same, fast weights silenced (lesion)", *by_rule(cells, "copy-*-w8", "lesion")]])
     for task, (name, _, window, paper) in TASKS.items():
+        scores = (*SCORES[:3], "prototype") if "shot" in name else SCORES
         blocks[task] = "\n\n".join(table(["settings", "rule", *keys], [
             [r["settings"], f"[{r['rule']}]({r['run']})", *(figure(of, key) for key in keys)]
-            for of in cells.values() if (r := of[0])["task"] == task]) for keys in (SCORES, GATES))
+            for of in cells.values() if (r := of[0])["task"] == task]) for keys in (scores, GATES))
         results += [[name, *by_rule(cells, f"{task}-*"), paper],
                     [f"the same, window {window}", *by_rule(cells, f"{task}-*-w{window}"), "-"]]
     blocks["results"] = table(["mean ± s.d. (seeds)", *RULES.values(), "paper's best"], results[2:])
