@@ -293,9 +293,14 @@ def pages():
         ["the same, fast weights silenced (lesion)", *by_rule(cells, "copy-*-w8", "lesion")]])
     for task, (name, _, window, paper) in TASKS.items():
         scores = (*SCORES[:3], "prototype") if "shot" in name else SCORES
-        blocks[task] = "\n\n".join(table(["settings", "rule", *keys], [
-            [r["settings"], f"[{r['rule']}]({r['run']})", *(figure(of, key) for key in keys)]
-            for of in cells.values() if (r := of[0])["task"] == task]) for keys in (scores, GATES))
+        rows = [of for cell, of in cells.items() if of[0]["task"] == task and "@" not in cell]
+        blocks[task] = "\n\n".join((
+            table(["settings", "rule", *scores], [
+                [of[0]["settings"], f"[{of[0]['rule']}]({of[0]['run']})",
+                 *(figure(of, key) for key in scores)] for of in rows]),
+            table(["settings", "rule", *GATES], [
+                [of[0]["settings"], of[0]["rule"], *(figure(of, key) for key in GATES)]
+                for of in rows])))
         results += [[name, *by_rule(cells, f"{task}-*"), paper],
                     [f"the same, window {window}", *by_rule(cells, f"{task}-*-w{window}"), "-"]]
     blocks["results"] = table(["mean ± s.d. (seeds)", *RULES.values(), "paper's best"], results[2:])
