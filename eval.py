@@ -18,10 +18,10 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from torch.nn.functional import one_hot
 
 from tasks import TASKS, random_generator, show
-from train import add_flags, evaluate, fail, load_run, number, one_line, prepare, save
+from train import (add_flags, evaluate, fail, load_run, nearest_prototype, number, one_line,
+                   prepare, save)
 
 # what is said of the gates
 FIGURES = "persistence cap_share change selectivity eta_selectivity share_of_pairs".split()
@@ -62,14 +62,6 @@ def measure(run, options, changes, device):
         _, _, model = load_run(Path(run) / "ckpt.pt", changes)
         row.update(gate_figures(test(model.to(device).eval())["gates"], shown, model))
     return row
-
-def nearest_prototype(embed, episodes):
-    """What the encoder alone answers (B, Q, ways): a query is of the class the mean of whose shots
-    is nearest (Snell et al. 2017). What the model has beyond that is its reader's."""
-    shots, query = embed.features(episodes.support_x), embed.features(episodes.query_x)
-    of = one_hot(episodes.support_y, embed.n_out).to(shots.dtype)  # (B, T, ways)
-    means = of.mT @ shots / of.sum(1)[..., None]  # (B, ways, F)
-    return -torch.cdist(query, means), None
 
 def interval(scores):
     """Half the 95% interval of the mean of scores (n, L) of n episodes: 1.96 standard errors."""

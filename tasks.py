@@ -190,31 +190,30 @@ class FewShot(Classification):
         return images
 
     def sample(self, split, batch_size, generator):
-        B, N, K, group = batch_size, self.ways, self.shots, self.group[split]
+        return self.draw(split, batch_size, generator, self.ways, self.shots, self.queries)
+
+    def draw(self, split, B, generator, ways, shots, queries):
+        group = self.group[split]
         rank = torch.rand(B, len(group), generator=generator)  # (B, classes)
         rank += group != group[rank.argmin(dim=1)][:, None]  # other groups than the first's: last
-        classes = rank.argsort(dim=1)[:, :N]
-        index = torch.rand(B, N, self.images.size(1), generator=generator).argsort(dim=2)
+        classes = rank.argsort(dim=1)[:, :ways]
+        index = torch.rand(B, ways, self.images.size(1), generator=generator).argsort(dim=2)
         parts = []
-        for number in (index[..., :K], index[..., K:K + self.queries]):  # shots, queries: (B, N, .)
-            label, order = shuffle(torch.arange(N)[:, None].expand_as(number).flatten(1), generator)
+        for number in (index[..., :shots], index[..., shots:shots + queries]):  # (B, ways, .)
+            label = torch.arange(ways)[:, None].expand_as(number)
+            label, order = shuffle(label.flatten(1), generator)
             parts.append((classes.gather(1, label), number.flatten(1).gather(1, order), label))
-        (*support, support_y), (*query, target) = parts  # classes, numbers and labels, (B, N * .)
+        (*support, support_y), (*query, target) = parts  # classes, numbers, labels (B, ways * .)
         return Episodes(self.take(split, *support, generator), support_y,
                         self.take(split, *query, generator), target)
-
-    def sample_images(self, batch_size, generator):  # to pretrain on: images, their classes (N)
-        classes = torch.randint(len(self.group["train"]), (batch_size,), generator=generator)
-        index = torch.randint(self.images.size(1), (batch_size,), generator=generator)
-        return self.take("train", classes, index, generator), classes
 
 # Each task, and its defaults: as many updates as every seed needs to learn, with a margin.
 IMAGES = dict(batch_size=16, lr=1e-3, d_model=128, d_ff=256)
 TASKS = {"copy": (Copy, dict(steps=140, lr=8e-3)),
          "cue": (Cue, dict(steps=400, lr=3e-3, alpha_init=20.0)),
          "regression": (Regression, dict(steps=2000, lr=2e-3, n_layer=4, queries=50)),
-         "cifarfs": (FewShot, dict(IMAGES, steps=800, pretrain_steps=2400)),
-         "omniglot": (FewShot, dict(IMAGES, steps=1500, pretrain_steps=2000))}
+         "cifarfs": (FewShot, dict(IMAGES, steps=2000, pretrain_steps=3000)),
+         "omniglot": (FewShot, dict(IMAGES, steps=2000, pretrain_steps=3000))}
 
 def make_task(args):
     """The task of `args`, a dict with its name and sizes. ValueError where they do not fit."""
@@ -226,19 +225,16 @@ def show(model, task, split, device, n=3):
     """n episodes as lines: tokens, rewards, y or labels shown; right; answered; silenced, which is
     answered with nothing written."""
     episodes, rule = task.sample(split, n, random_generator(0, split)), model.plasticity
-    answers, eta0 = {"answered": model.eval()(episodes.to(device))[0]}, rule.eta0
-    if rule.rule != "none":
-        rule.eta0 = 0.0
-        answers["silenced"] = model(episodes.to(device))[0]
-        rule.eta0 = eta0
+    shown = episodes.support_x if episodes.support_y is None else episodes.support_y
+    lines, eta0 = {"shown": shown, "right": episodes.target}, rule.eta0
+    for name in ("answered", "silenced") if rule.rule != "none" else ("answered",):
+        rule.eta0 = 0.0 if name == "silenced" else eta0
+        out = model.eval()(episodes.to(device))[0][:, -episodes.target.size(1):].cpu()
+        lines[name] = out if episodes.target.is_floating_point() else out.argmax(-1)
+    rule.eta0 = eta0
     for b in range(n):
-        x, y, _, target = (t if t is None else t[b] for t in episodes)
-        lines = {"shown": x if y is None else y, "right": target}
-        for name, out in answers.items():
-            out = out[b, -len(target):].cpu()  # (L, n_out)
-            lines[name] = out if target.is_floating_point() else out.argmax(-1)
         for name, values in lines.items():
-            words = [str(round(value, 2)) for value in values.flatten().tolist()]
+            words = [str(round(value, 2)) for value in values[b].flatten().tolist()]
             yield f"  {name:8}  {' '.join(words)[:88]}"
 
 def distort(images, generator):

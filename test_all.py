@@ -433,10 +433,11 @@ def test_few_shot_episodes():
         distort = None if name == "cifarfs" else lambda images, _: images.flip(-1)
         with mock.patch.object(tasks, "distort", distort):
             x, y, query_x, target = task.sample(split, 40, generator)
-            images, classes = task.sample_images(50, generator)  # of training, to pretrain on
-        kind, _, way = identify(images)
-        assert torch.equal(ids["train"][classes], kind + way // 2 * n)
-        assert way.unique().tolist() == train_ways
+            wide = task.draw("train", 1, generator, 60, shots=1, queries=2)  # to pretrain on
+        kind, _, way = identify(torch.cat([wide.support_x, wide.query_x], 1))  # (1, 180) each
+        classes, label = kind + way // 2 * n, torch.cat([wide.support_y, wide.target], 1)
+        assert torch.isin(classes, ids["train"]).all() and way.unique().tolist() == train_ways
+        assert torch.equal(classes, classes[:, wide.support_y[0].argsort()][0, label])
         kind, number, way = identify(torch.cat([x, query_x], 1))  # (B, 25) each
         assert torch.isin(kind + way // 2 * n, ids[split]).all()
         assert way.unique().tolist() == (train_ways if split == "train" else ways)
@@ -652,21 +653,36 @@ def test_salience():
     assert evaluation.interval(ones[:1]) == math.inf
 
 def test_nearest_prototype():
-    """One query at a time, against the mean of each class's shots, on the scored episodes."""
-    run = trained(f"{TINY_IMAGES} --shots 2 --rule none --steps 1 --data-dir {fake_packs()}")
+    """One query at a time, by its cosine with the mean of each class's shots; eval.py's score."""
+    flags = f"--filters 16 --shots 2 --rule none --steps 1 --data-dir {fake_packs()}"
+    run = trained(f"{TINY_IMAGES} {flags}")
     text = call(evaluation, f"{run} --queries 4 --episodes 10 --batch-size 4 --json {run}/e.json")
     _, task, model = train.load_run(run / "best.pt", dict(queries=4))
     generator, embed, right = random_generator(0, "test"), model.eval().embed, []
     for n in 4, 4, 2:
-        for x, y, query_x, target in zip(*task.sample("test", n, generator)):
+        episodes = task.sample("test", n, generator)
+        answers, _ = train.nearest_prototype(embed, episodes)  # (n, 20, 5)
+        right.append((answers.argmax(2) == episodes.target).flatten())
+        for x, y, query_x, answer in zip(*episodes[:3], answers):
             shots, queries = (embed.norm(embed.encoder(images)) for images in (x, query_x))
-            assert_close(embed.features(x[None])[0], shots, "what the model sees", 1e-5)
-            for query, label in zip(queries, target):
-                far = torch.stack([(query - shots[y == c].mean(0)).norm() for c in range(5)])
-                right.append((far.argmin() == label).item())
+            for query, cosines in zip(queries, answer / 10):
+                means = torch.stack([shots[y == c].mean(0) for c in range(5)])
+                assert_close(cosines, torch.cosine_similarity(query, means), "cosines", 1e-5)
     found = json.loads((run / "e.json").read_text())[0]["prototype"]
-    assert len(right) == 200 and 0.25 < found < 1 and abs(found - sum(right) / 200) < 1e-9
+    assert 0.2 < found < 1 and abs(found - torch.cat(right).double().mean()) < 1e-9
     assert f"nearest prototype  {found:.5f}" in text
+
+def test_pretrained_encoder_stays():
+    """What is pretrained is the same for every rule and no update changes it; else all learn."""
+    def encoder(flags):
+        run = trained(f"{TINY_IMAGES} --data-dir {fake_packs()} --filters 16 {flags}")
+        state = train.load_run(run / "ckpt.pt")[0]["model"]
+        return {name: of for name, of in state.items() if name.startswith("embed.encoder")}
+    same, other = "--rule none --steps 1", "--rule hebbian --steps 3"
+    one, two = encoder(same), encoder(other)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    one, two = (encoder(f"{flags} --pretrain-steps 0") for flags in (same, other))
+    assert not any(torch.equal(one[name], two[name]) for name in one)
 
 def test_validation():
     """best.pt has the lowest error, and the validation episodes stay the same."""
@@ -736,7 +752,9 @@ def test_processes_share_a_batch():
         device, rank, world = train.prepare(SimpleNamespace(device="cpu", threads=1, batch_size=4))
         for i, (task, rule) in enumerate(cases):
             model, at = small_model(task, rule).train(), folder / f"{i}{rank}{world}"
-            optimizer = mock.Mock(step=lambda: torch.save([p.grad for p in model.parameters()], at))
+            of = [*model.parameters()]
+            optimizer = mock.Mock(step=lambda: torch.save([p.grad for p in of], at),
+                                  param_groups=[dict(params=of)])
             shared = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
             train.update(shared, task, optimizer, draw(task, 4).to(device, rank, world))
     in_two_processes(learn)
