@@ -183,27 +183,24 @@ class FewShot(Classification):
         """Images number `index` of `classes`, both (*) -> (*, channels, size, size), augmented."""
         images = self.images[self.class_ids[split][classes], index]
         if split == "train" and self.task == "omniglot":
-            images = distort(images, generator)
-        elif split == "train":
+            return distort(images, generator)
+        if split == "train":
             flip = torch.rand(index.shape, generator=generator) < 0.5
             images[flip] = images[flip].flip(-1)
         return images
 
-    def sample(self, split, batch_size, generator):
-        return self.draw(split, batch_size, generator, self.ways, self.shots, self.queries)
-
-    def draw(self, split, B, generator, ways, shots, queries):
+    def sample(self, split, batch_size, generator, ways=None, shots=None, queries=None):
+        B, N, K, Q = batch_size, ways or self.ways, shots or self.shots, queries or self.queries
         group = self.group[split]
         rank = torch.rand(B, len(group), generator=generator)  # (B, classes)
         rank += group != group[rank.argmin(dim=1)][:, None]  # other groups than the first's: last
-        classes = rank.argsort(dim=1)[:, :ways]
-        index = torch.rand(B, ways, self.images.size(1), generator=generator).argsort(dim=2)
+        classes = rank.argsort(dim=1)[:, :N]
+        index = torch.rand(B, N, self.images.size(1), generator=generator).argsort(dim=2)
         parts = []
-        for number in (index[..., :shots], index[..., shots:shots + queries]):  # (B, ways, .)
-            label = torch.arange(ways)[:, None].expand_as(number)
-            label, order = shuffle(label.flatten(1), generator)
+        for number in (index[..., :K], index[..., K:K + Q]):  # of shots and of queries, (B, N, .)
+            label, order = shuffle(torch.arange(N)[:, None].expand_as(number).flatten(1), generator)
             parts.append((classes.gather(1, label), number.flatten(1).gather(1, order), label))
-        (*support, support_y), (*query, target) = parts  # classes, numbers, labels (B, ways * .)
+        (*support, support_y), (*query, target) = parts  # classes, numbers and labels, (B, N * .)
         return Episodes(self.take(split, *support, generator), support_y,
                         self.take(split, *query, generator), target)
 

@@ -433,7 +433,7 @@ def test_few_shot_episodes():
         distort = None if name == "cifarfs" else lambda images, _: images.flip(-1)
         with mock.patch.object(tasks, "distort", distort):
             x, y, query_x, target = task.sample(split, 40, generator)
-            wide = task.draw("train", 1, generator, 60, shots=1, queries=2)  # to pretrain on
+            wide = task.sample("train", 1, generator, 60, shots=1, queries=2)  # to pretrain on
         kind, _, way = identify(torch.cat([wide.support_x, wide.query_x], 1))  # (1, 180) each
         classes, label = kind + way // 2 * n, torch.cat([wide.support_y, wide.target], 1)
         assert torch.isin(classes, ids["train"]).all() and way.unique().tolist() == train_ways

@@ -149,14 +149,13 @@ def pretrain(model, task, args, device, generator):
     """Train the image encoder to tell 60 classes apart by their nearest prototypes. It then stays
     as it is: episodes of fewer classes would spoil it, and are read the faster."""
     optimizer = torch.optim.AdamW(model.embed.parameters(), weight_decay=WEIGHT_DECAY)
-    began, steps, ways = time.time(), args.pretrain_steps, min(60, len(task.class_ids["train"]))
+    steps, ways = args.pretrain_steps, min(60, len(task.class_ids["train"]))
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = 1e-3 * learning_rate(step, steps)
-        episodes = task.draw("train", 1, generator, ways, shots=1, queries=2).to(device)
+        episodes = task.sample("train", 1, generator, ways, shots=1, queries=2).to(device)
         loss = update(partial(nearest_prototype, model.embed), task, optimizer, episodes)
         if step % 100 == 0:
-            left = (time.time() - began) / step * (steps - step)
-            print(f"pretraining {step}/{steps}  loss {loss:.3f}  {left:.0f} s left", flush=True)
+            print(f"pretraining {step}/{steps}  loss {loss:.3f}", flush=True)
 
 def train(args, task, model, device, state=None, rank=0, world=1):
     """The one loop, for every task and rule; `state`: where to go on; rank 0 of `world` writes."""

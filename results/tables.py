@@ -25,6 +25,12 @@ TASKS = {"copy": ("copying, recall", 0.875, 8, "0.745"),
 SPEED = {"copying, 140 updates, 31 steps": "copy-*-w8", "the same, 61 steps": "copy-*-w8-len20",
          "the same, 171 steps": "copy-*-w8-delay160", "cue, 400 updates, 8 steps": "cue-*-w1",
          "regression, 2000 updates, 10 steps": "regression-*-w1"}
+IMAGES = {"Omniglot, 5-way 1-shot": "omniglot-*", "the same, window 1": "omniglot-*-w1",
+          "classes of one alphabet": "omniglot-*@alphabet",
+          "quarter-turns as classes": "omniglot-*@turned",
+          "20-way 1-shot": "omniglot-*-20way", "5-way 1-shot, long run": "omniglot-*-long",
+          "CIFAR-FS, 5-way 1-shot": "cifarfs-*", "the same, window 1 ": "cifarfs-*-w1",
+          "5-way 5-shot": "cifarfs-*-5shot", "5-way 1-shot, long run ": "cifarfs-*-long"}
 NO_SETTING = """rule seed device threads block_size eval_interval out_dir data_dir resume overwrite
     watch""".split()
 SCORES = ("seeds", "score", "lesion", "learned")
@@ -68,7 +74,7 @@ def read_cells():
         told = " ".join(f"--{name.replace('_', '-')} {args[name]}".removesuffix(".0")
                         for name in usual if name not in NO_SETTING
                         and args.get(name, usual[name]) != usual[name])
-        tested = path.stem[len("eval"):].replace("-delay-", "@delay ")
+        tested = path.stem[len("eval"):].replace("-", "@", 1).replace("-", " ")
         log, perfect = kept(path.parent / "metrics.jsonl"), row["metric"] == "accuracy"
         least = TASKS[row["task"]][1] / 20 + 1e-9  # 5%, and what rounding adds
         near = [at["step"] for at in log if abs(at["val_metric"] - perfect) <= least]
@@ -85,7 +91,7 @@ def figure(rows, key):
     if key == "seeds":
         return str(len(rows))
     name = "score" if key in ("worst", "best") else key
-    if name not in (*SCORES, *GATES, *SALIENCE, "prototype"):
+    if name not in (*SCORES, *GATES, *SALIENCE, "prototype", "interval"):
         raise ValueError(f"no figure is called '{key}'")
     accuracy = rows[0]["metric"] == "accuracy"
     known = sorted((row[name] for row in rows if row.get(name) is not None), reverse=accuracy)
@@ -242,6 +248,13 @@ def tries(rows):
             found.setdefault(flags, {})[rule] = f"{row['validation'][-1][1]:.5f}, {learned}"
     return [[flags, *(of.get(rule, "-") for rule in RULES)] for flags, of in found.items()]
 
+def images(cells):
+    """The reader's scores in all kinds of episodes, and those of its encoder, alike for all."""
+    for name, kind in IMAGES.items():
+        rows = max((cells.get(kind.replace("*", rule), ()) for rule in RULES), key=len)
+        if rows:
+            yield [name.strip(), *by_rule(cells, kind), figure(rows, "prototype")]
+
 def draw(cells, path):
     """Of both rules score and updates until learned, by blanks, tokens and pairs: a thin line a
     seed, a bold one their mean, which stops where a seed has not learned."""
@@ -317,6 +330,17 @@ def pages():
     blocks["delays"] = table(["tested at a delay of", "10", "20", "60", "80"], [
         [name, *(figure(cells[f"{name}@delay {n}"], "score") for n in (10, 20, 60, 80))]
         for name in cells if re.fullmatch("copy-.*-mix-[a-z]+", name)])
+    blocks["images"] = table(["accuracy", *RULES.values(), "encoder alone"], images(cells))
+    tried = sorted(kept(HERE / "images.jsonl"), key=lambda of: of["task"])
+    blocks["encoders"] = table(["encoder", "updates × images", "minutes", "1-shot", "5-shot"], [
+        [f"{of['task']}, {of['tried']}", f"{of['updates']} × {of['images']}",
+         f"{of['minutes']:.1f}", *(f"{of['validation'][k]:.3f}" for k in ("1-shot", "5-shot"))]
+        for of in tried if of["part"] == "encoder"])
+    blocks["readers"] = table(["encoder", "reader", "updates", "minutes", "score", "prototype"], [
+        [f"{of['task']}, {of['encoder']}", f"{RULES[of['rule']]}, {of['tried']}",
+         str(of["updates"]), *(f"{of[k]:.{n}f}" for k, n in (
+             ("minutes", 1), ("score", 3), ("prototype", 3)))]
+        for of in tried if of["part"] == "reader"])
     tuning = kept(HERE / "tuning.jsonl")
     blocks["tries"] = table(["score, and update when learned", *RULES.values()], tries(tuning))
     for n, of in enumerate(tuning, 1):  # line n is cell tuning-n
