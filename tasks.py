@@ -209,7 +209,7 @@ IMAGES = dict(batch_size=16, lr=1e-3, d_model=128, d_ff=256)
 TASKS = {"copy": (Copy, dict(steps=140, lr=8e-3)),
          "cue": (Cue, dict(steps=400, lr=3e-3, alpha_init=20.0)),
          "regression": (Regression, dict(steps=2000, lr=2e-3, n_layer=4, queries=50)),
-         "cifarfs": (FewShot, dict(IMAGES, steps=2000, pretrain_steps=3000)),
+         "cifarfs": (FewShot, dict(IMAGES, steps=1000, pretrain_steps=4000)),
          "omniglot": (FewShot, dict(IMAGES, steps=2000, pretrain_steps=3000))}
 
 def make_task(args):
