@@ -146,8 +146,8 @@ def nearest_prototype(embed, episodes):
     return 10 * nn.functional.normalize(queries, dim=2) @ means.mT, None
 
 def pretrain(model, task, args, device, generator):
-    """Train the image encoder to tell 60 classes apart by their nearest prototypes. From then on its
-    convolutions stay as they are, and the reader learns twice as fast."""
+    """Train the image encoder to tell 60 classes apart by their nearest prototypes. From then on
+    its convolutions stay as they are, and the reader learns twice as fast."""
     optimizer = torch.optim.AdamW(model.embed.parameters(), weight_decay=WEIGHT_DECAY)
     steps, ways = args.pretrain_steps, min(60, len(task.class_ids["train"]))
     for step in range(1, steps + 1):
