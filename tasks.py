@@ -155,7 +155,7 @@ class FewShot(Classification):
     ways: Annotated[int, "classes of an episode", 1] = 5
     shots: Annotated[int, "labelled images of each class", 1] = 1
     queries: Annotated[int, "images asked for their label, of each class; regression: x", 1] = 5
-    turned: Annotated[int, "1: quarter-turns are classes in validation and test, too", 0, 1] = 0
+    turned: Annotated[int, "1: quarter-turns are classes, too (Omniglot: always in training)", 0, 1] = 0
     alphabet: Annotated[int, "Omniglot, 1: one alphabet has all classes of an episode", 0, 1] = 0
 
     def __post_init__(self):
@@ -173,9 +173,8 @@ class FewShot(Classification):
         self.group = {split: groups[ids] for split, ids in self.class_ids.items()}
         fewest = min(of.unique(return_counts=True)[1].min() for of in self.group.values())
         if self.ways > fewest or self.shots + self.queries > n_images:
-            raise ValueError(
-                f"--ways {self.ways}, --alphabet {self.alphabet}, --shots {self.shots}, --queries "
-                f"{self.queries}: only {fewest} classes of {n_images} images there")
+            raise ValueError(f"--ways {self.ways}, --alphabet {self.alphabet}: {fewest} classes; "
+                             f"--shots {self.shots}, --queries {self.queries}: {n_images} images")
         self.n_out, self.chance = self.ways, 1 / self.ways
         self.step_names = ["image"] * self.ways * self.shots
 
@@ -267,8 +266,7 @@ def load_pack(data_dir, name):
                 pack = pack_cifar100(root) if name == "cifarfs" else pack_omniglot(root)
                 torch.save(pack, f"{root}/pack")
                 os.replace(f"{root}/pack", path)
-        pack = torch.load(path, weights_only=True, mmap=True)
-        images, classes = pack["images"], pack["classes"]
+        images, classes = torch.load(path, weights_only=True, mmap=True).values()
         if images.dtype != torch.uint8 or images.shape != shape or len(classes) != shape[0]:
             raise ValueError(f"not {shape} images in bytes")
         rows = OMNIGLOT

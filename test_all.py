@@ -669,18 +669,27 @@ def test_nearest_prototype():
                 means = torch.stack([shots[y == c].mean(0) for c in range(5)])
                 assert_close(cosines, torch.cosine_similarity(query, means), "cosines", 1e-5)
     found = json.loads((run / "e.json").read_text())[0]["prototype"]
-    assert 0.2 < found < 1 and abs(found - torch.cat(right).double().mean()) < 1e-9
+    right = torch.cat(right).double()  # of 10 episodes of 20 queries
+    assert len(right) == 200 and 0.25 < found < 1 and abs(found - right.mean()) < 1e-9
     assert f"nearest prototype  {found:.5f}" in text
 
 def test_pretrained_encoder_stays():
-    """What is pretrained is the same for every rule and no update changes it; else all learn."""
+    """What is pretrained, on 60 training classes at a time, is the same for every rule and no
+    update changes it; without pretraining all learn."""
+    drawn = []
     def encoder(flags):
-        run = trained(f"{TINY_IMAGES} --data-dir {fake_packs()} --filters 16 {flags}")
+        def sample(task, split, *of, **sizes):
+            episodes = draw(task, split, *of, **sizes)
+            drawn.append((split, episodes.support_y.size(1), episodes.target.size(1)))
+            return episodes
+        with mock.patch.object(FewShot, "sample", sample):
+            run = trained(f"{TINY_IMAGES} --data-dir {fake_packs()} --filters 16 {flags}")
         state = train.load_run(run / "ckpt.pt")[0]["model"]
         return {name: of for name, of in state.items() if name.startswith("embed.encoder")}
-    same, other = "--rule none --steps 1", "--rule hebbian --steps 3"
+    same, other, draw = "--rule none --steps 1", "--rule hebbian --steps 3", FewShot.sample
     one, two = encoder(same), encoder(other)
     assert all(torch.equal(one[name], two[name]) for name in one)
+    assert drawn[:2] == [("train", 60, 120)] * 2 and drawn.count(drawn[0]) == 4
     one, two = (encoder(f"{flags} --pretrain-steps 0") for flags in (same, other))
     assert not any(torch.equal(one[name], two[name]) for name in one)
 

@@ -137,8 +137,8 @@ def evaluate(model, task, split, n_episodes, batch_size, generator, device):
                 shown=shown, gates=gates)
 
 def nearest_prototype(embed, episodes):
-    """What the encoder alone answers, (B, Q, ways): a query is of the class whose shots' mean is
-    nearest (Snell et al. 2017), by 10 times the cosine."""
+    """What the encoder alone answers, (B, Q, ways), and None: a query is of the class whose shots'
+    mean is nearest (Snell et al. 2017, there by distance), by 10 times the cosine."""
     x = torch.cat([episodes.support_x, episodes.query_x], dim=1)  # (B, T + Q, channels, size, size)
     y = nn.functional.one_hot(episodes.support_y).to(torch.get_default_dtype())  # (B, T, ways)
     shots, queries = embed.features(x).tensor_split([y.size(1)], dim=1)  # (B, T or Q, F)
@@ -161,9 +161,8 @@ def train(args, task, model, device, state=None, rank=0, world=1):
     """The one loop, for every task and rule; `state`: where to go on; rank 0 of `world` writes."""
     folder, generator = Path(args.out_dir), random_generator(args.seed, "train")
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
-    run = dict(step=0, seconds=0.0, best=math.inf, losses=[], log=[])
+    run = state["run"] if state else dict(step=0, seconds=0.0, best=math.inf, losses=[], log=[])
     if state:
-        run = state["run"]
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
     elif not rank:
@@ -171,20 +170,18 @@ def train(args, task, model, device, state=None, rank=0, world=1):
     start, began = run["step"], time.time() - run["seconds"]
     if args.pretrain_steps and not start:
         pretrain(model, task, args, device, generator)
-    frozen = model.embed.encoder.requires_grad_(False) if args.pretrain_steps else None
+    if args.pretrain_steps:
+        model.embed.encoder.requires_grad_(False)
     shared = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     watching, above = args.watch and sys.stdout.isatty() and args.rule != "none", ""
     clock = said = time.time()
     for step in range(start + 1, args.steps + 1):
-        model.train()
-        if frozen:
-            frozen.eval()  # its batch norm
+        model.train(not args.pretrain_steps)  # a pretrained encoder's batch norm stays, too
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate(step, args.steps)
         episodes = task.sample("train", args.batch_size, generator).to(device, rank, world)
         loss = update(shared, task, optimizer, episodes)
         if world > 1:  # each has the loss of its share
-            torch.distributed.all_reduce(loss)
-            loss /= world
+            torch.distributed.all_reduce(loss.div_(world))
         if rank:
             continue
         run.update(step=step, seconds=time.time() - began)

@@ -25,12 +25,14 @@ TASKS = {"copy": ("copying, recall", 0.875, 8, "0.745"),
 SPEED = {"copying, 140 updates, 31 steps": "copy-*-w8", "the same, 61 steps": "copy-*-w8-len20",
          "the same, 171 steps": "copy-*-w8-delay160", "cue, 400 updates, 8 steps": "cue-*-w1",
          "regression, 2000 updates, 10 steps": "regression-*-w1"}
-IMAGES = {"Omniglot, 5-way 1-shot": "omniglot-*", "the same, window 1": "omniglot-*-w1",
-          "classes of one alphabet": "omniglot-*@alphabet",
-          "quarter-turns as classes": "omniglot-*@turned",
-          "20-way 1-shot": "omniglot-*-20way", "5-way 1-shot, long run": "omniglot-*-long",
-          "CIFAR-FS, 5-way 1-shot": "cifarfs-*", "the same, window 1 ": "cifarfs-*-w1",
-          "5-way 5-shot": "cifarfs-*-5shot", "5-way 1-shot, long run ": "cifarfs-*-long"}
+IMAGES = [("Omniglot, 5-way 1-shot", "omniglot-*"), ("the same, window 1", "omniglot-*-w1"),
+          ("classes of one alphabet", "omniglot-*@alphabet"),
+          ("quarter-turns as classes", "omniglot-*@turned"),
+          ("20-way 1-shot", "omniglot-*-20way"), ("5-way 1-shot, long run", "omniglot-*-long"),
+          ("20-way 1-shot, long run", "omniglot-*-20way-long"),
+          ("CIFAR-FS, 5-way 1-shot", "cifarfs-*"), ("the same, window 1", "cifarfs-*-w1"),
+          ("5-way 5-shot", "cifarfs-*-5shot"), ("5-way 1-shot, long run", "cifarfs-*-long"),
+          ("5-way 5-shot, long run", "cifarfs-*-5shot-long")]
 NO_SETTING = """rule seed device threads block_size eval_interval out_dir data_dir resume overwrite
     watch""".split()
 SCORES = ("seeds", "score", "lesion", "learned")
@@ -250,10 +252,31 @@ def tries(rows):
 
 def images(cells):
     """The reader's scores in all kinds of episodes, and those of its encoder, alike for all."""
-    for name, kind in IMAGES.items():
-        rows = max((cells.get(kind.replace("*", rule), ()) for rule in RULES), key=len)
+    for name, kind in IMAGES:
+        rows = max((cells.get(kind.replace("*", rule), ()) for rule in RULES),
+                   key=lambda of: sum("prototype" in row for row in of))
         if rows:
-            yield [name.strip(), *by_rule(cells, kind), figure(rows, "prototype")]
+            yield [name, *by_rule(cells, kind), figure(rows, "prototype")]
+
+def image_blocks(cells):
+    """What was tried with the encoder and the reader; line n of images.jsonl is cell images-n."""
+    rows, blocks = kept(HERE / "images.jsonl"), {}
+    for n, of in enumerate(rows, 1):
+        if of["part"] == "encoder":
+            of["score"] = of["validation"]["1-shot"]
+        cells[f"images-{n}"] = [dict(of, metric="accuracy")]
+    rows = sorted(rows, key=lambda of: of["task"])
+    blocks["images"] = table(["accuracy", *RULES.values(), "encoder alone"], images(cells))
+    blocks["encoders"] = table(["encoder", "updates × images", "minutes", "1-shot", "5-shot"], [
+        [f"{of['task']}, {of['tried']}", f"{of['updates']} × {of['images']}",
+         f"{of['minutes']:.1f}", *(f"{of['validation'][k]:.3f}" for k in ("1-shot", "5-shot"))]
+        for of in rows if of["part"] == "encoder"])
+    blocks["readers"] = table(["encoder", "reader", "updates", "minutes", "score", "prototype"], [
+        [f"{of['task']}, {of['encoder']}", f"{RULES[of['rule']]}, {of['tried']}",
+         str(of["updates"]), *(f"{of[k]:.{n}f}" for k, n in (
+             ("minutes", 1), ("score", 3), ("prototype", 3)))]
+        for of in rows if of["part"] == "reader" and of["page"]])
+    return blocks
 
 def draw(cells, path):
     """Of both rules score and updates until learned, by blanks, tokens and pairs: a thin line a
@@ -330,17 +353,7 @@ def pages():
     blocks["delays"] = table(["tested at a delay of", "10", "20", "60", "80"], [
         [name, *(figure(cells[f"{name}@delay {n}"], "score") for n in (10, 20, 60, 80))]
         for name in cells if re.fullmatch("copy-.*-mix-[a-z]+", name)])
-    blocks["images"] = table(["accuracy", *RULES.values(), "encoder alone"], images(cells))
-    tried = sorted(kept(HERE / "images.jsonl"), key=lambda of: of["task"])
-    blocks["encoders"] = table(["encoder", "updates × images", "minutes", "1-shot", "5-shot"], [
-        [f"{of['task']}, {of['tried']}", f"{of['updates']} × {of['images']}",
-         f"{of['minutes']:.1f}", *(f"{of['validation'][k]:.3f}" for k in ("1-shot", "5-shot"))]
-        for of in tried if of["part"] == "encoder"])
-    blocks["readers"] = table(["encoder", "reader", "updates", "minutes", "score", "prototype"], [
-        [f"{of['task']}, {of['encoder']}", f"{RULES[of['rule']]}, {of['tried']}",
-         str(of["updates"]), *(f"{of[k]:.{n}f}" for k, n in (
-             ("minutes", 1), ("score", 3), ("prototype", 3)))]
-        for of in tried if of["part"] == "reader"])
+    blocks.update(image_blocks(cells))
     tuning = kept(HERE / "tuning.jsonl")
     blocks["tries"] = table(["score, and update when learned", *RULES.values()], tries(tuning))
     for n, of in enumerate(tuning, 1):  # line n is cell tuning-n
