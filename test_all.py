@@ -704,28 +704,30 @@ def test_validation():
     losses, training = ([row[of] for row in rows_of(run)] for of in ("val_loss", "train_loss"))
     assert max(losses) - min(losses) < 1e-6 and len(set(training)) == 6, "validation was redrawn"
 
+@mock.patch.object(train, "PRETRAIN_INTERVAL", 1)
 def test_resumed_run_is_the_same():
     """A command gives the same numbers, however often it is stopped; another seed gives others."""
     part = new_folder()
-    # what, how often it had saved, where it stops, and by which signal if not SIGTERM
-    for what, every, *stops in ((f"{TINY_COPY} --rule gradient", 1, (2,), (4, signal.SIGINT)),
-                                (TINY_IMAGES, 4, (3,)), (TINY_IMAGES, 3, (6,))):
+    # what, how often it had saved; before which update it stops, what it had saved, by which signal
+    for what, every, *stops in (
+            (f"{TINY_COPY} --rule gradient", 1, (2, 1), (4, 3, signal.SIGINT)),
+            (TINY_IMAGES, 4, (3, 0)), (TINY_IMAGES, 3, (2, -1), (6, 3))):  # up to 0: pretraining
         argv = f"{what} --steps 7 --eval-interval {every} --data-dir {fake_packs()}"
         whole = trained(argv)
         assert rows_of(whole) != rows_of(trained(f"{argv} --seed 1"))
-        for at, *how in stops:
+        for at, saved, *how in stops:
             said = interrupted(f"{argv} --out-dir {part}", at, *how)
             assert f"stopped; to go on: python train.py --resume --out-dir {part}\n" in said
-            assert load(part)["run"]["step"] == (at - 1) // every * every
+            assert load(part)["run"]["step"] == saved
             # whatever is in the log, afterwards it is the log of the uninterrupted run
             (part / "metrics.jsonl").open("a").write('{"step": 6, "val_metric": 0.5}\n{"step": 7')
             for _ in range(2):  # at the second time nothing is left to do
                 torch.randn(3)
                 step, said = load(part)["run"]["step"], call(train, f"--resume --out-dir {part}")
-                assert f", {step}/7 done; " in said and "finished: 7 updates" in said
+                assert f", {max(0, step)}/7 done; " in said and "finished: 7 updates" in said
                 assert_same_run(whole, part)
     call(train, f"--resume --steps 9 --eval-interval 3 --lr 0.5 --out-dir {part}")
-    assert [row["step"] for row in rows_of(part)] == [3, 6, 7, 9]
+    assert [row["step"] for row in rows_of(part)] == [-1, 0, 3, 6, 7, 9]
     assert {*"train_loss val_loss val_metric metric".split()} < {*rows_of(part)[0]}
     rate = load(part)["optimizer"]["param_groups"][0]["lr"]
     assert math.isclose(rate, 0.5 * train.learning_rate(9, 9)) and load(part)["args"]["lr"] == 0.5

@@ -31,6 +31,7 @@ from model import Config, Transformer
 from tasks import TASKS, make_task, random_generator, show
 
 LR_WARMUP, CLIP, WEIGHT_DECAY, EVAL_EPISODES = 25, 1.0, 0.01, 160  # updates, norm, AdamW's, number
+PRETRAIN_INTERVAL = 250  # updates between checkpoints
 
 @dataclass
 class Training:
@@ -145,33 +146,40 @@ def nearest_prototype(embed, episodes):
     means = nn.functional.normalize(y.mT @ shots, dim=2)  # (B, ways, F)
     return 10 * nn.functional.normalize(queries, dim=2) @ means.mT, None
 
-def pretrain(model, task, args, device, generator):
-    """Train the image encoder to tell 60 classes apart by their nearest prototypes. From then on
-    its convolutions stay as they are, and the reader learns twice as fast."""
-    optimizer = torch.optim.AdamW(model.embed.parameters(), weight_decay=WEIGHT_DECAY)
+def pretrain(run, args, task, model, optimizer, generator, device, rank):
+    """In the updates up to 0, train the image encoder to tell 60 classes apart by their nearest
+    prototypes. Then its convolutions stay as they are, and the reader learns twice as fast."""
+    alone, began = partial(nearest_prototype, model.embed), time.time() - run["seconds"]
     steps, ways = args.pretrain_steps, min(60, len(task.class_ids["train"]))
-    for step in range(1, steps + 1):
-        optimizer.param_groups[0]["lr"] = 1e-3 * learning_rate(step, steps)
+    for step in range(run["step"] + 1, 1):
+        model.train()
+        optimizer.param_groups[0]["lr"] = 1e-3 * learning_rate(steps + step, steps)
         episodes = task.sample("train", 1, generator, ways, shots=1, queries=2).to(device)
-        loss = update(partial(nearest_prototype, model.embed), task, optimizer, episodes)
-        if step % 100 == 0:
-            print(f"pretraining {step}/{steps}  loss {loss:.3f}", flush=True)
+        loss = update(alone, task, optimizer, episodes)
+        run.update(step=step, seconds=time.time() - began)
+        run["losses"].append(loss.item())
+        if step % PRETRAIN_INTERVAL == 0 and not rank:
+            model.eval()
+            print("encoder alone:", log(run, args, task, alone, device), flush=True)
+            save_checkpoint(run, args, model, optimizer, generator)
+    optimizer.state.clear()
 
 def train(args, task, model, device, state=None, rank=0, world=1):
     """The one loop, for every task and rule; `state`: where to go on; rank 0 of `world` writes."""
     folder, generator = Path(args.out_dir), random_generator(args.seed, "train")
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
-    run = state["run"] if state else dict(step=0, seconds=0.0, best=math.inf, losses=[], log=[])
+    run = dict(step=-args.pretrain_steps, seconds=0.0, best=math.inf, losses=[], log=[])
     if state:
+        run = state["run"]
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
     elif not rank:
         save_checkpoint(run, args, model, optimizer, generator)
-    start, began = run["step"], time.time() - run["seconds"]
-    if args.pretrain_steps and not start:
-        pretrain(model, task, args, device, generator)
     if args.pretrain_steps:
+        if run["step"] <= 0:
+            pretrain(run, args, task, model, optimizer, generator, device, rank)
         model.embed.encoder.requires_grad_(False)
+    start, began = run["step"], time.time() - run["seconds"]
     shared = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     watching, above = args.watch and sys.stdout.isatty() and args.rule != "none", ""
     clock = said = time.time()
@@ -190,28 +198,30 @@ def train(args, task, model, device, state=None, rank=0, world=1):
             said, left = time.time(), (time.time() - clock) / (step - start) * (args.steps - step)
             print(f"step {step}/{args.steps}  loss {loss:.4f}  {left:.0f} s left", flush=True)
 
-        if step % args.eval_interval == 0 or step == args.steps:  # on the same episodes each time
-            result = evaluate(model.eval(), task, "val", EVAL_EPISODES, args.batch_size,
-                              random_generator(args.seed, "val"), device)
-            line = log(run, result, task.metric, folder)
+        if step % args.eval_interval == 0 or step == args.steps:
+            line = log(run, args, task, model.eval(), device)
             if watching:  # one episode, drawn over the three lines of the last picture
                 one = evaluate(model, task, "val", 1, 1, random_generator(0, "val"), device)
                 line, above = above + line + picture(one["gates"][2, 0], task), "\x1b[3F\x1b[J"
             print(line, flush=True)
-            if abs(result["score"] - task.perfect) <= abs(run["best"] - task.perfect):
-                run["best"] = result["score"]
+            score = run["log"][-1]["val_metric"]
+            if abs(score - task.perfect) <= abs(run["best"] - task.perfect):
+                run["best"] = score
                 save(folder / "best.pt", dict(args=vars(args), step=step, model=model.state_dict()))
             save_checkpoint(run, args, model, optimizer, generator)
     if not rank:
         summary(run, args, task, show(model, task, "val", device))
 
-def log(run, result, metric, out_dir):
-    """Add a line about an evaluation to metrics.jsonl -> the line to print."""
-    row = dict(step=run["step"], train_loss=statistics.fmean(run["losses"]), metric=metric,
+def log(run, args, task, model, device):
+    """Evaluate, always on the same episodes, and add a line to metrics.jsonl -> one to print."""
+    result = evaluate(model, task, "val", EVAL_EPISODES, args.batch_size,
+                      random_generator(args.seed, "val"), device)
+    row = dict(step=run["step"], train_loss=statistics.fmean(run["losses"]), metric=task.metric,
                val_loss=result["loss"], val_metric=result["score"], seconds=run["seconds"])
     run.update(losses=[], log=[*run["log"], row])
-    save(out_dir / "metrics.jsonl", "".join(json.dumps(of) + "\n" for of in run["log"]).encode())
-    return (f"step {run['step']}  validation loss {result['loss']:.4f}  {metric} "
+    lines = "".join(json.dumps(of) + "\n" for of in run["log"])
+    save(Path(args.out_dir) / "metrics.jsonl", lines.encode())
+    return (f"step {run['step']}  validation loss {result['loss']:.4f}  {task.metric} "
             f"{result['score']:.4f}  after {run['seconds']:.0f} s")
 
 def picture(writes, task):
@@ -223,7 +233,8 @@ def picture(writes, task):
 def summary(run, args, task, answers):
     """Say what it answers, how long it took, when it was nearly perfect, and what to do now."""
     near = abs(task.chance - task.perfect) / 20 + 1e-9  # 5% of what there is to learn
-    learned = [row["step"] for row in run["log"] if abs(row["val_metric"] - task.perfect) <= near]
+    learned = [row["step"] for row in run["log"]
+               if row["step"] > 0 and abs(row["val_metric"] - task.perfect) <= near]
     print(*answers, f"finished: {run['step']} updates, {run['seconds']:.0f} s; best {task.metric} "
           f"{run['best']:.4f}; within 5% of perfect by update {learned[0] if learned else '-'}",
           f"now: python eval.py {quote(args.out_dir)}", sep="\n")
@@ -255,7 +266,7 @@ def begin(args):
     if not rank:
         for name in () if state else ("best.pt", "metrics.jsonl", "eval.json"):  # of an older run
             (path.parent / name).unlink(missing_ok=True)
-        done = f"{state['run']['step'] if state else 0}/{args.steps} done"
+        done = f"{max(0, state['run']['step']) if state else 0}/{args.steps} done"
         print(f"{args.task}, rule {args.rule}, on {device}, in {args.out_dir}, {done};"
               f" {task.metric} {task.chance:.3g} is guessing, {task.perfect:g} perfect", flush=True)
     train(args, task, model.to(device), device, state, rank, world)

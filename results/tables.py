@@ -79,7 +79,8 @@ def read_cells():
         tested = path.stem[len("eval"):].replace("-", "@", 1).replace("-", " ")
         log, perfect = kept(path.parent / "metrics.jsonl"), row["metric"] == "accuracy"
         least = TASKS[row["task"]][1] / 20 + 1e-9  # 5%, and what rounding adds
-        near = [at["step"] for at in log if abs(at["val_metric"] - perfect) <= least]
+        near = [at["step"] for at in log
+                if at["step"] > 0 and abs(at["val_metric"] - perfect) <= least]
         shown = "the paper's budget" if cell.endswith("-paper") else told or "-"
         place = order.index(row["task"]), shown + tested, order.index(row["rule"])
         row.update(run=path.parent.name, cell=cell + tested, flags=told, settings=shown + tested,
