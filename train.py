@@ -179,11 +179,10 @@ def train(args, task, model, device, state=None, rank=0, world=1):
         if run["step"] <= 0:
             pretrain(run, args, task, model, optimizer, generator, device, rank)
         model.embed.encoder.requires_grad_(False)
-    start, began = run["step"], time.time() - run["seconds"]
+    began = time.time() - run["seconds"]
     shared = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     watching, above = args.watch and sys.stdout.isatty() and args.rule != "none", ""
-    clock = said = time.time()
-    for step in range(start + 1, args.steps + 1):
+    for step in range(run["step"] + 1, args.steps + 1):
         model.train(not args.pretrain_steps)  # a pretrained encoder's batch norm stays, too
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate(step, args.steps)
         episodes = task.sample("train", args.batch_size, generator).to(device, rank, world)
@@ -194,10 +193,6 @@ def train(args, task, model, device, state=None, rank=0, world=1):
             continue
         run.update(step=step, seconds=time.time() - began)
         run["losses"].append(loss.item())
-        if time.time() - said >= 5 and not watching:
-            said, left = time.time(), (time.time() - clock) / (step - start) * (args.steps - step)
-            print(f"step {step}/{args.steps}  loss {loss:.4f}  {left:.0f} s left", flush=True)
-
         if step % args.eval_interval == 0 or step == args.steps:
             line = log(run, args, task, model.eval(), device)
             if watching:  # one episode, drawn over the three lines of the last picture
@@ -221,7 +216,7 @@ def log(run, args, task, model, device):
     run.update(losses=[], log=[*run["log"], row])
     lines = "".join(json.dumps(of) + "\n" for of in run["log"])
     save(Path(args.out_dir) / "metrics.jsonl", lines.encode())
-    return (f"step {run['step']}  validation loss {result['loss']:.4f}  {task.metric} "
+    return (f"step {run['step']}/{args.steps}  validation loss {result['loss']:.4f}  {task.metric} "
             f"{result['score']:.4f}  after {run['seconds']:.0f} s")
 
 def picture(writes, task):
