@@ -13,22 +13,19 @@ import importlib.util
 import json
 import math
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
 from tasks import TASKS, random_generator, show
-from train import (add_flags, evaluate, fail, load_run, nearest_prototype, number, one_line,
-                   prepare, save)
+from train import add_flags, evaluate, fail, load_run, number, one_line, prepare, save
 
-# what is said of the gates
-FIGURES = "persistence cap_share change selectivity eta_selectivity share_of_pairs".split()
+GATE_FIGURES = "persistence cap_share change selectivity eta_selectivity share_of_pairs".split()
 
 def measure(run, options, changes, device):
     """All that is said of one run, as a dict that JSON can hold. ValueError where there is none."""
-    trained = load_run(Path(run) / "best.pt", changes)[0]["args"]
+    trained = load_run(Path(run) / "best.pt", {"min_delay": None, **changes})[0]["args"]
     if "ways" in trained:
         changes = {"queries": 15, **changes}  # of each class, as in the literature
     for name in {*changes} - {*trained}:
@@ -52,13 +49,11 @@ def measure(run, options, changes, device):
     if shown is not None:  # the mean score of the answers that need step t
         row["by_step"] = [[t, scores[shown == t].mean().item()] for t in shown.unique().tolist()]
     if "ways" in trained:
-        row["prototype"] = test(partial(nearest_prototype, model.embed))["score"]
+        row["prototype"] = test(model.embed.nearest_prototype)["score"]
     if result["gates"] is not None:
-        # the lesion: the same model on the same episodes, but nothing is ever written
-        model.plasticity.eta0 = 0.0
+        model.plasticity.eta0 = 0.0  # the lesion: the same model, but nothing is ever written
         lesioned = test(model)
         row.update(lesion=lesioned["score"], lesion_interval=interval(lesioned["scores"]))
-        # the gates are those of the end of training, whenever the model was the best
         _, _, model = load_run(Path(run) / "ckpt.pt", changes)
         row.update(gate_figures(test(model.to(device).eval())["gates"], shown, model))
     return row
@@ -113,7 +108,7 @@ def report(row):
     yield from row.get("answers", ())
     if gates := row["gates"]:
         yield "  " + "   ".join(f"{name.replace('_', ' ')} {row[name]:.5f}"
-                                for name in FIGURES if name in row)
+                                for name in GATE_FIGURES if name in row)
         yield f"  {'step':14} {'eta':>8} {'||D||':>9} {'write':>8}   (means of all episodes)"
         names, most = row.get("steps", [""] * len(gates["eta"])), max(*gates["write"], 1e-12)
         for t, figures in enumerate(zip(gates["eta"], gates["d_norm"], gates["write"])):
@@ -121,8 +116,7 @@ def report(row):
             yield "  {:4} {:9} {:8.5f} {:9.3f} {:8.5f} ".format(t, names[t], *figures) + bar
 
 def overview(rows):
-    """Of several runs a line each."""
-    names = ("score", "interval", "lesion", *FIGURES[:4])
+    names = ("score", "interval", "lesion", *GATE_FIGURES[:4])
     yield f"{'run':32} " + " ".join(f"{name:>11}" for name in names)
     for row in rows:
         figures = ["-" if row.get(of) is None else f"{row[of]:.5f}" for of in names]
@@ -190,7 +184,7 @@ def parse_args(argv=None):
     options = parser.parse_args(argv)
     if options.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs matplotlib: pip install matplotlib")
-    names = ["data_dir", *(field.name for task, _ in TASKS.values() for field in fields(task))]
+    names = [field.name for task, _ in TASKS.values() for field in fields(task)]
     return options, {k: v for k, v in vars(options).items() if k in names and v is not None}
 
 def main(argv=None):

@@ -57,8 +57,7 @@ class Attention(nn.Module):
 
     def forward(self, x, at, mask, past=None):
         """x (B, T, C), which stands at (T) and sees what mask (T, S + T) says -> (B, T, C), and the
-        next step's past: keys and values (B * H, S, D), old ones as SharedMatrix or None, and new.
-        """
+        next step's past: keys and values (B * H, S, D), old as SharedMatrix or None, and new."""
         qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B * H, T, D) each
         if self.speed is not None:
@@ -88,7 +87,7 @@ def rotate(x, angle):
 class Block(nn.Module):
     def __init__(self, config, plastic):
         super().__init__()
-        C, self.plastic = config.d_model, plastic
+        C = config.d_model
         alpha_init = config.alpha_init if plastic else None
         self.norm1 = nn.LayerNorm(C)
         self.attention = Attention(config)
@@ -106,7 +105,6 @@ class Block(nn.Module):
         return x + out, past
 
     def feed_forward(self, x, fast=None):
-        fast = fast if self.plastic else None
         return x + self.down(F.gelu(self.up(self.norm2(x), fast)), fast)
 
 class Conv4(nn.Module):
@@ -150,6 +148,15 @@ class Embed(nn.Module):
 
     def features(self, images):  # (B, T, channels, size, size) -> (B, T, F)
         return self.norm(self.encoder(images.flatten(0, 1))).unflatten(0, images.shape[:2])
+
+    def nearest_prototype(self, episodes):
+        """What the encoder alone answers, (B, Q, ways), and None: a query is of the class whose
+        shots' mean is nearest (Snell et al. 2017, there by distance), by 10 times the cosine."""
+        x = torch.cat([episodes.support_x, episodes.query_x], dim=1)  # (B, T + Q, ...)
+        y = F.one_hot(episodes.support_y).to(torch.get_default_dtype())  # (B, T, ways)
+        shots, queries = self.features(x).tensor_split([y.size(1)], dim=1)  # (B, T or Q, F)
+        means = F.normalize(y.mT @ shots, dim=2)  # (B, ways, F)
+        return 10 * F.normalize(queries, dim=2) @ means.mT, None
 
     def forward(self, episodes):
         """-> context (B, T, C) and queries (B, Q, C), or None where the task has none."""

@@ -32,8 +32,8 @@ class PlasticLinear(nn.Linear):
             self.beta = nn.Parameter(torch.full((d_out,), float(alpha_init)))
 
     def forward(self, x, fast=None):
-        """x (B, T, in) -> y (B, T, out). Without `fast`, P_t and p_t are zero."""
-        return super().forward(x) if fast is None else fast.read(self, x)
+        """x (B, T, in) -> y (B, T, out). Without `fast`, or without alpha, P_t and p_t are zero."""
+        return fast.read(self, x) if fast and hasattr(self, "alpha") else super().forward(x)
 
 class Plasticity(nn.Module):
     """What makes a rule: the signal u_t that it writes, and eta_t, how much of it.

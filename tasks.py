@@ -9,10 +9,8 @@ target)` to train on and a `score(out, target)` of each answer. It says of itsel
     chance       the score of guessing
 
 Its fields are the sizes of an episode. `shown(episodes)`, if it has that, says for each answer at
-which step what it asks for was shown, (B, L). Splits differ in random numbers, in copy also in
-sequences, with images in classes.
+which step what it asks for was shown, (B, L).
 """
-import os
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch.nn import functional as F
 
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")  # apart in random numbers; copy: in sequences, images: in classes
 
 class Episodes(NamedTuple):
     """B episodes: (x, y) pairs, then x of queries. In copy support_x is all that is shown."""
@@ -155,18 +153,17 @@ class FewShot(Classification):
     ways: Annotated[int, "classes of an episode", 1] = 5
     shots: Annotated[int, "labelled images of each class", 1] = 1
     queries: Annotated[int, "images asked for their label, of each class; regression: x", 1] = 5
-    turned: Annotated[int, "1: quarter-turns are classes, too (Omniglot: always in training)", 0, 1] = 0
+    turned: Annotated[int, "1: quarter-turns are classes (Omniglot: always in training)", 0, 1] = 0
     alphabet: Annotated[int, "Omniglot, 1: one alphabet has all classes of an episode", 0, 1] = 0
 
     def __post_init__(self):
-        images, names, self.class_ids = load_pack(self.data_dir, self.task)
+        self.images, names, self.class_ids = load_pack(self.data_dir, self.task)
         if self.task == "omniglot" or self.turned:  # in training quarter-turns are always classes
-            images = torch.cat([images.rot90(k, (-2, -1)) for k in range(4)])
+            self.images = torch.cat([self.images.rot90(k, (-2, -1)) for k in range(4)])
             for split in SPLITS if self.turned else ["train"]:  # k turns make class i + k * all
                 ids = self.class_ids[split]
                 self.class_ids[split] = torch.cat([ids + k * len(names) for k in range(4)])
-        self.images = images  # (classes, images, channels, size, size)
-        n_images, self.image_shape = images.size(1), images.shape[2:4]  # channels, size
+        n_images, self.image_shape = self.images.size(1), self.images.shape[2:4]  # channels, size
         # an episode's classes are those of one group: of an alphabet, or of all
         names = [name.split("/")[0] * self.alphabet for name in names] * 4
         groups = torch.tensor([names.index(name) for name in names])  # of each class
@@ -218,8 +215,7 @@ def make_task(args):
 
 @torch.no_grad()
 def show(model, task, split, device, n=3):
-    """n episodes as lines: tokens, rewards, y or labels shown; right; answered; silenced, which is
-    answered with nothing written."""
+    """n episodes as lines: what is shown, right, answered, and answered with nothing written."""
     episodes, rule = task.sample(split, n, random_generator(0, split)), model.plasticity
     shown = episodes.support_x if episodes.support_y is None else episodes.support_y
     lines, eta0 = {"shown": shown, "right": episodes.target}, rule.eta0
@@ -265,7 +261,7 @@ def load_pack(data_dir, name):
             with tempfile.TemporaryDirectory(dir=path.parent) as root:  # half a download stays here
                 pack = pack_cifar100(root) if name == "cifarfs" else pack_omniglot(root)
                 torch.save(pack, f"{root}/pack")
-                os.replace(f"{root}/pack", path)
+                Path(root, "pack").replace(path)
         images, classes = torch.load(path, weights_only=True, mmap=True).values()
         if images.dtype != torch.uint8 or images.shape != shape or len(classes) != shape[0]:
             raise ValueError(f"not {shape} images in bytes")

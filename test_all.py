@@ -590,7 +590,7 @@ def test_fast_weights_learn_and_are_used():
         assert chance > 0.06, f"{rule}: an error of {chance} where guessing gives 0.083"
 
 def test_evaluation_of_a_run():
-    argv = f"{TINY_COPY} --rule hebbian --steps 4 --eval-interval 1 --block-size 9 --seed"
+    argv = f"{TINY_COPY} --min-delay 3 --steps 4 --eval-interval 1 --block-size 9 --seed"
     runs = [trained(f"{argv} {seed}") for seed in (0, 1)]
     state = load(runs[0], "best.pt")
     state["model"]["head.bias"] += 1.0  # scores are the best model's, gates the last one's
@@ -621,7 +621,8 @@ def test_evaluation_of_a_run():
         slow = torch.cat([p.flatten() for name, p in last.named_parameters()
                           if re.search("(up|down).weight", name)]).norm()
         assert abs(row["change"] - torch.cat(fast.change).mean() / slow) < 1e-5
-    assert "delay 4" in call(evaluation, f"{run} --delay 4 --episodes 10")
+    for delay in ("delay 2", "delay 4"):  # than in training
+        assert delay in call(evaluation, f"{run} --{delay} --episodes 10")
     (run / "eval.json").write_text(json.dumps([row]))
     full = call(evaluation, f"{run} --episodes 30").partition("\n")[2]
     (run / "best.pt").rename(run / "kept")  # as in results/
@@ -661,7 +662,7 @@ def test_nearest_prototype():
     generator, embed, right = random_generator(0, "test"), model.eval().embed, []
     for n in 4, 4, 2:
         episodes = task.sample("test", n, generator)
-        answers, _ = train.nearest_prototype(embed, episodes)  # (n, 20, 5)
+        answers, _ = embed.nearest_prototype(episodes)  # (n, 20, 5)
         right.append((answers.argmax(2) == episodes.target).flatten())
         for x, y, query_x, answer in zip(*episodes[:3], answers):
             shots, queries = (embed.norm(embed.encoder(images)) for images in (x, query_x))
@@ -767,7 +768,7 @@ def test_processes_share_a_batch():
             optimizer = mock.Mock(step=lambda: torch.save([p.grad for p in of], at),
                                   param_groups=[dict(params=of)])
             shared = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-            train.update(shared, task, optimizer, draw(task, 4).to(device, rank, world))
+            train.update(shared, task, optimizer, draw(task, 4).to(device, rank, world), 0)
     in_two_processes(learn)
     learn()
     for i, (task, _) in enumerate(cases):

@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
@@ -57,16 +56,15 @@ def add_flags(parser, title, settings):
     """A flag for each annotated field, None where it is not given; the last of a name replaces."""
     group = parser.add_argument_group(title)
     for name, hint in get_type_hints(settings, include_extras=True).items():
-        if get_origin(hint) is not Annotated:
-            continue
-        kind, meaning, *limits = get_args(hint)
-        choices, default = get_args(kind) or None, getattr(settings, name)
-        said = [str(default)] * (default is not None)
-        said += [f"{task} {its[name]}" for task, (_, its) in TASKS.items() if name in its]
-        group.add_argument("--" + name.replace("_", "-"), choices=choices,
-                           metavar=None if choices else name[0].upper(),
-                           type=number(kind, *limits) if limits else None,
-                           help=meaning + f" (default: {', '.join(said)})" * bool(said))
+        if get_origin(hint) is Annotated:
+            kind, meaning, *limits = get_args(hint)
+            choices, default = get_args(kind) or None, getattr(settings, name)
+            said = [str(default)] * (default is not None)
+            said += [f"{task} {its[name]}" for task, (_, its) in TASKS.items() if name in its]
+            group.add_argument("--" + name.replace("_", "-"), choices=choices,
+                               metavar=None if choices else name[0].upper(),
+                               type=number(kind, *limits) if limits else None,
+                               help=meaning + f" (default: {', '.join(said)})" * bool(said))
 
 def number(kind, low, high=1e18):
     """An argparse type: an int or a float from `low` to `high`."""
@@ -107,7 +105,7 @@ def learning_rate(step, steps):
     """The schedule, as a share of --lr: a linear warm-up times a cosine that falls to 5%."""
     return min(step / LR_WARMUP, 1) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
 
-def update(model, task, optimizer, episodes):
+def update(model, task, optimizer, episodes, lr):
     """One update on a batch of episodes -> the loss. FloatingPointError where it is not finite."""
     out, _ = model(episodes)
     loss = task.loss(out, episodes.target)
@@ -116,6 +114,7 @@ def update(model, task, optimizer, episodes):
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
     if not (loss.isfinite() and norm.isfinite()):
         raise FloatingPointError(f"loss {loss.item()}: try a lower --lr, --eta0 or --alpha-init")
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     return loss.detach()
 
@@ -137,25 +136,15 @@ def evaluate(model, task, split, n_episodes, batch_size, generator, device):
     return dict(loss=statistics.fmean(losses), score=scores.mean().item(), scores=scores,
                 shown=shown, gates=gates)
 
-def nearest_prototype(embed, episodes):
-    """What the encoder alone answers, (B, Q, ways), and None: a query is of the class whose shots'
-    mean is nearest (Snell et al. 2017, there by distance), by 10 times the cosine."""
-    x = torch.cat([episodes.support_x, episodes.query_x], dim=1)  # (B, T + Q, channels, size, size)
-    y = nn.functional.one_hot(episodes.support_y).to(torch.get_default_dtype())  # (B, T, ways)
-    shots, queries = embed.features(x).tensor_split([y.size(1)], dim=1)  # (B, T or Q, F)
-    means = nn.functional.normalize(y.mT @ shots, dim=2)  # (B, ways, F)
-    return 10 * nn.functional.normalize(queries, dim=2) @ means.mT, None
-
 def pretrain(run, args, task, model, optimizer, generator, device, rank):
     """In the updates up to 0, train the image encoder to tell 60 classes apart by their nearest
     prototypes. Then its convolutions stay as they are, and the reader learns twice as fast."""
-    alone, began = partial(nearest_prototype, model.embed), time.time() - run["seconds"]
+    alone, began = model.embed.nearest_prototype, time.time() - run["seconds"]
     steps, ways = args.pretrain_steps, min(60, len(task.class_ids["train"]))
     for step in range(run["step"] + 1, 1):
         model.train()
-        optimizer.param_groups[0]["lr"] = 1e-3 * learning_rate(steps + step, steps)
         episodes = task.sample("train", 1, generator, ways, shots=1, queries=2).to(device)
-        loss = update(alone, task, optimizer, episodes)
+        loss = update(alone, task, optimizer, episodes, 1e-3 * learning_rate(steps + step, steps))
         run.update(step=step, seconds=time.time() - began)
         run["losses"].append(loss.item())
         if step % PRETRAIN_INTERVAL == 0 and not rank:
@@ -165,7 +154,8 @@ def pretrain(run, args, task, model, optimizer, generator, device, rank):
     optimizer.state.clear()
 
 def train(args, task, model, device, state=None, rank=0, world=1):
-    """The one loop, for every task and rule; `state`: where to go on; rank 0 of `world` writes."""
+    """The one loop, for every task and rule. Updates up to 0 are those of an encoder alone;
+    `state`: where to go on; rank 0 of `world` writes."""
     folder, generator = Path(args.out_dir), random_generator(args.seed, "train")
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
     run = dict(step=-args.pretrain_steps, seconds=0.0, best=math.inf, losses=[], log=[])
@@ -184,9 +174,8 @@ def train(args, task, model, device, state=None, rank=0, world=1):
     watching, above = args.watch and sys.stdout.isatty() and args.rule != "none", ""
     for step in range(run["step"] + 1, args.steps + 1):
         model.train(not args.pretrain_steps)  # a pretrained encoder's batch norm stays, too
-        optimizer.param_groups[0]["lr"] = args.lr * learning_rate(step, args.steps)
         episodes = task.sample("train", args.batch_size, generator).to(device, rank, world)
-        loss = update(shared, task, optimizer, episodes)
+        loss = update(shared, task, optimizer, episodes, args.lr * learning_rate(step, args.steps))
         if world > 1:  # each has the loss of its share
             torch.distributed.all_reduce(loss.div_(world))
         if rank:
