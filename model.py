@@ -87,8 +87,7 @@ def rotate(x, angle):
 class Block(nn.Module):
     def __init__(self, config, plastic):
         super().__init__()
-        C = config.d_model
-        alpha_init = config.alpha_init if plastic else None
+        C, alpha_init = config.d_model, config.alpha_init if plastic else None
         self.norm1 = nn.LayerNorm(C)
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(C)
