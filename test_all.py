@@ -685,14 +685,24 @@ def test_pretrained_encoder_stays():
             return episodes
         with mock.patch.object(FewShot, "sample", sample):
             run = trained(f"{TINY_IMAGES} --data-dir {fake_packs()} --filters 16 {flags}")
-        state = train.load_run(run / "ckpt.pt")[0]["model"]
-        return {name: of for name, of in state.items() if name.startswith("embed.encoder")}
+        state = load(run)
+        moments = {of["step"].item() for of in state["optimizer"]["state"].values()}
+        assert moments == {state["run"]["step"]}, "the reader goes on with moments of before"
+        return {name: of for name, of in state["model"].items() if "embed.encoder" in name}
     same, other, draw = "--rule none --steps 1", "--rule hebbian --steps 3", FewShot.sample
     one, two = encoder(same), encoder(other)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert drawn[:2] == [("train", 60, 120)] * 2 and drawn.count(drawn[0]) == 4
     one, two = (encoder(f"{flags} --pretrain-steps 0") for flags in (same, other))
     assert not any(torch.equal(one[name], two[name]) for name in one)
+
+def test_summary_is_about_the_reader():
+    """When it was nearly perfect: the encoder alone, in the steps up to 0, does not count."""
+    rows = [dict(step=step, val_metric=score) for step, score in ((-9, 1.0), (3, 0.9), (6, 0.97))]
+    args, task = SimpleNamespace(out_dir="out"), SimpleNamespace(chance=0.2, perfect=1.0, metric="")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train.summary(dict(step=6, seconds=1.0, best=0.97, log=rows), args, task, ["answers"])
+    assert "within 5% of perfect by update 6\n" in said.getvalue()
 
 def test_validation():
     """best.pt has the lowest error, and the validation episodes stay the same."""
