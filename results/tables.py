@@ -257,7 +257,12 @@ def images(cells):
         rows = max((cells.get(kind.replace("*", rule), ()) for rule in RULES),
                    key=lambda of: sum("prototype" in row for row in of))
         if rows:
-            yield [name, *by_rule(cells, kind), figure(rows, "prototype")]
+            static, gradient = ({row["seed"]: row["score"] for row in cells.get(
+                kind.replace("*", rule), ())} for rule in ("none", "gradient"))
+            more = "-"
+            if len(static) > 2 and static.keys() == gradient.keys():
+                more = "{:+.3f} (p = {:.2g})".format(*t_test(gradient, static))
+            yield [name, *by_rule(cells, kind), figure(rows, "prototype"), more]
 
 def image_blocks(cells):
     """What was tried with the encoder and the reader; line n of images.jsonl is cell images-n."""
@@ -267,12 +272,19 @@ def image_blocks(cells):
             of["score"] = of["validation"]["1-shot"]
         cells[f"images-{n}"] = [dict(of, metric="accuracy")]
     rows = sorted(rows, key=lambda of: of["task"])
-    blocks["images"] = table(["accuracy", *RULES.values(), "encoder alone"], images(cells))
+    blocks["images"] = table(["accuracy", *RULES.values(), "encoder alone",
+                              "gradient − static"], images(cells))
     blocks["encoders"] = table(["encoder", "updates × images", "minutes", "1-shot", "5-shot"], [
         [f"{of['task']}, {of['tried']}", f"{of['updates']} × {of['images']}",
          f"{of['minutes']:.1f}", *(f"{of['validation'][k]:.3f}" for k in ("1-shot", "5-shot"))]
         for of in rows if of["part"] == "encoder"])
-    blocks["readers"] = table(["encoder", "reader", "updates", "minutes", "score", "prototype"], [
+    blocks["curves"] = table(["encoder", "updates", "minutes", "train loss", "training classes",
+                              "validation", "test"], [
+        [of["task"], str(of["updates"]), f"{of['minutes']:.0f}",
+         *(f"{of[key]:.3f}" for key in ("train_loss", "train", "val", "test"))]
+        for of in rows if of["part"] == "curve"])
+    blocks["readers"] = table(["encoder", "reader", "updates", "minutes", "score",
+                               "encoder alone"], [
         [f"{of['task']}, {of['encoder']}", f"{RULES[of['rule']]}, {of['tried']}",
          str(of["updates"]), *(f"{of[k]:.{n}f}" for k, n in (
              ("minutes", 1), ("score", 3), ("prototype", 3)))]
@@ -329,15 +341,13 @@ def pages():
         ["attention over the last 8 steps", *by_rule(cells, "copy-*-w8")],
         ["the same, fast weights silenced (lesion)", *by_rule(cells, "copy-*-w8", "lesion")]])
     for task, (name, _, window, paper) in TASKS.items():
-        scores = (*SCORES[:3], "prototype") if "shot" in name else SCORES
+        scores = (*SCORES[:3], "minutes") if "shot" in name else SCORES
         rows = [of for cell, of in cells.items() if of[0]["task"] == task and "@" not in cell]
-        blocks[task] = "\n\n".join((
-            table(["settings", "rule", *scores], [
-                [of[0]["settings"], f"[{of[0]['rule']}]({of[0]['run']})",
-                 *(figure(of, key) for key in scores)] for of in rows]),
-            table(["settings", "rule", *GATES], [
-                [of[0]["settings"], of[0]["rule"], *(figure(of, key) for key in GATES)]
-                for of in rows])))
+        blocks[task] = "\n\n".join(
+            table(["settings", "rule", *keys], [
+                [of[0]["settings"], f"[{of[0]['rule']}]({of[0]['run']})" if keys is scores
+                 else of[0]["rule"], *(figure(of, key) for key in keys)] for of in rows])
+            for keys in ((scores,) if "shot" in name else (scores, GATES)))
         results += [[name, *by_rule(cells, f"{task}-*"), paper],
                     [f"the same, window {window}", *by_rule(cells, f"{task}-*-w{window}"), "-"]]
     blocks["results"] = table(["mean ± s.d. (seeds)", *RULES.values(), "paper's best"], results[2:])
