@@ -1,7 +1,6 @@
 """A GPT whose feed-forward layers are plastic, and the encoder that shows it images.
 
-Shapes: B episodes, T steps, S past steps, Q queries, C channels, H heads, D = C / H, Z outputs.
-"""
+Shapes: B episodes, T steps, S past steps, Q queries, C channels, H heads, D = C / H, Z outputs."""
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -30,8 +29,7 @@ class Config:
     max_norm: Annotated[float, "a write with a larger ||D_t|| is scaled down to it", 1e-9] = 1.0
     aux_dim: Annotated[int, "auxiliary outputs of the head, with the gradient rule", 0] = 4
     ablate: Annotated[Literal["none", "eta", "alpha", "backward"], "eta: sigmoid(m_t) is 1; alpha: "
-                      "it and beta stay as they start; backward: that, and no outer gradient "
-                      "passes through the writes, as in the paper's own code"] = "none"
+                      "it and beta stay as they start; backward: that, and detach writes"] = "none"
     fast_weights: Annotated[Literal["unrolled", "literal"], "P_t as a sum over past writes, or as "
                             "the equations say: the same numbers, slower"] = "unrolled"
     fold: Annotated[int, "writes until the sum becomes a matrix; only for speed", 1, 1000] = 32
@@ -51,8 +49,7 @@ class Attention(nn.Module):
         with torch.no_grad():  # queries start equal to keys, so that a step first attends to what
             self.qkv.weight[C:2 * C] = self.qkv.weight[:C]  # looks like it: half the updates
         self.proj = nn.Linear(C, C)
-        # how far rotary positions turn at a step: from a radian to 1/10,000 of it
-        speed = 10000.0 ** -torch.linspace(0, 1, C // config.n_head // 2)  # (D/2)
+        speed = 10000.0 ** -torch.linspace(0, 1, C // config.n_head // 2)  # (D/2), radians a step
         self.register_buffer("speed", speed if config.position == "rotary" else None, False)
 
     def forward(self, x, at, mask, past=None):
@@ -128,8 +125,7 @@ class Embed(nn.Module):
 
     token    (B, T) integers: a learned vector each
     vector   (B, T, F) features: linear in [features, value or 0, 0 or 1 for a query]
-    image    (B, T, channels, size, size): linear in [normed Conv4, 4 * label or 0, 0 or 1]
-    """
+    image    (B, T, channels, size, size): linear in [normed Conv4, 4 * label or 0, 0 or 1]"""
 
     def __init__(self, task, config):
         super().__init__()
@@ -167,10 +163,9 @@ class Embed(nn.Module):
         if self.kind == "image":
             x = self.features(x)  # (B, T + Q, F)
             y = 4 * F.one_hot(y, self.n_out)  # (B, T, ways); 1 would drown beside the embedding
-        y = F.pad(y.to(x.dtype), (0, 0, 0, x.size(1) - T))  # (B, T + Q, 1 or ways)
-        flag = torch.zeros_like(y[..., :1])  # (B, T + Q, 1)
-        flag[:, T:] = 1
-        return self.linear(torch.cat([x, y, flag], dim=-1)).tensor_split([T], dim=1)
+        y = F.pad(y.to(x.dtype), (0, 1, 0, x.size(1) - T))  # (B, T + Q, 1 or ways, and 1)
+        y[:, T:, -1] = 1  # marks a query
+        return self.linear(torch.cat([x, y], dim=-1)).tensor_split([T], dim=1)
 
 class Transformer(nn.Module):
     """The plastic Transformer for a task, by a Config. ValueError where their sizes do not fit."""
