@@ -213,12 +213,8 @@ def claim_blocks(found):
                           "-" if sign is None or p == 1 else f"{p:.2g}"])
         blocks["claim-" + name] = f"**{claim}**, by {key}: {verdict}.\n\n" + table(
             ["", "experiment", *RULES.values(), "p"], lines)
-        tested = sum(sign is not None for sign, _, _ in results)
-        _, _, middle = results[max(0, tested - 1) // 2]
-        figures = [figure(middle[rule], key) if rule in middle else "-" for rule in RULES]
-        brief.append([claim, verdict, f"{lines[max(0, tested - 1) // 2][1]}, {key}", *figures])
-    blocks["claims"] = table(["claim", "verdict (for, against, neither)", "the middle one",
-                              *RULES.values()], brief)
+        brief.append([claim, verdict])
+    blocks["claims"] = table(["claim", "verdict (experiments for, against, neither)"], brief)
     return blocks
 
 def quarters(cells):
