@@ -5,12 +5,10 @@ target)` to train on and a `score(out, target)` of each answer. It says of itsel
 
     kind         token, vector or image, with a vocab_size, n_features or image_shape: model.Embed
     n_out        numbers in an answer; metric, perfect: what its score is called, and the best
-    step_names   what each step of its context is
-    chance       the score of guessing
+    step_names   what each step of its context is; chance: the score of guessing
 
 Its fields are the sizes of an episode. `shown(episodes)`, if it has that, says for each answer at
-which step what it asks for was shown, (B, L).
-"""
+which step what it asks for was shown, (B, L)."""
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -155,6 +153,7 @@ class FewShot(Classification):
     queries: Annotated[int, "images asked for their label, of each class; regression: x", 1] = 5
     turned: Annotated[int, "1: quarter-turns are classes (Omniglot: always in training)", 0, 1] = 0
     alphabet: Annotated[int, "Omniglot, 1: one alphabet has all classes of an episode", 0, 1] = 0
+    jitter: Annotated[int, "CIFAR-FS, 1: distort training images, for long runs", 0, 1] = 0
 
     def __post_init__(self):
         self.images, names, self.class_ids = load_pack(self.data_dir, self.task)
@@ -183,7 +182,7 @@ class FewShot(Classification):
         if split == "train":
             flip = torch.rand(index.shape, generator=generator) < 0.5
             images[flip] = images[flip].flip(-1)
-        return images
+        return jitter(images, generator) if split == "train" and self.jitter else images
 
     def sample(self, split, batch_size, generator, ways=None, shots=None, queries=None):
         B, N, K, Q = batch_size, ways or self.ways, shots or self.shots, queries or self.queries
@@ -226,8 +225,8 @@ def show(model, task, split, device, n=3):
     rule.eta0 = eta0
     for b in range(n):
         for name, values in lines.items():
-            words = [str(round(value, 2)) for value in values[b].flatten().tolist()]
-            yield f"  {name:8}  {' '.join(words)[:88]}"
+            words = " ".join(str(round(value, 2)) for value in values[b].flatten().tolist())
+            yield f"  {name:8}  {words[:88]}"
 
 def distort(images, generator):
     """Images (*, channels, size, size) uint8, each turned, scaled and shifted a little."""
@@ -239,6 +238,15 @@ def distort(images, generator):
     theta = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, flat.shape, align_corners=False)  # (N, size, size, 2)
     return F.grid_sample(flat.float(), grid, align_corners=False).round().byte().view_as(images)
+
+def jitter(images, generator):
+    """Images (*, 3, 32, 32) uint8, each moved by up to 4 pixels, its colors by up to 40%."""
+    # where each may be cut out of itself with a margin, (N, 3, 9, 9, 32, 32)
+    places = F.pad(images.flatten(0, -4), (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)
+    down, right = torch.randint(0, 9, (2, len(places)), generator=generator)  # (N) each
+    moved = places[torch.arange(len(places)), :, down, right]  # (N, 3, 32, 32)
+    gain = 1 + 0.4 * (2 * torch.rand(len(places), 3, 1, 1, generator=generator) - 1)
+    return (moved * gain).clamp(max=255).byte().view_as(images)
 
 # CIFAR-100's class-disjoint split by Bertinetto et al., ICLR 2019: all other classes train.
 CIFARFS_VAL = """beaver otter flatfish shark lamp television beetle butterfly sea camel cattle
@@ -276,7 +284,6 @@ def load_pack(data_dir, name):
 
 def pack_cifar100(root):
     from torchvision.datasets import CIFAR100
-
     train, test = (CIFAR100(root, train=part, download=True) for part in (True, False))
     images = torch.cat([torch.from_numpy(train.data), torch.from_numpy(test.data)])
     order = torch.tensor(train.targets + test.targets).argsort(stable=True)  # by class, train first
@@ -287,7 +294,6 @@ def pack_omniglot(root):
     from PIL import Image, ImageOps
     from torchvision.datasets import Omniglot
     from torchvision.transforms.functional import pil_to_tensor
-
     images, classes = [], []
     for background in (True, False):
         folder = Path(Omniglot(root, background=background, download=True).target_folder)

@@ -413,6 +413,30 @@ def test_distorted_images():
         assert -1.03 < low < -0.75 and 0.75 < high < 1.03 and abs(mean) < 0.15, (low, high, mean)
     assert u.corrcoef().triu(1).abs().max() < 0.2, "two of them go together"
 
+def test_jittered_images():
+    """A bright pixel on gray says where it went, the gray beside it by what the colors changed."""
+    images = torch.full((4, 100, 3, 32, 32), 100).byte()
+    images[..., 15, 15] = 150
+    out, again = (tasks.jitter(images, random_generator(0, "train")) for _ in range(2))
+    assert out.dtype == torch.uint8 and out.shape == images.shape and torch.equal(out, again)
+    out = out.flatten(0, 1)  # (400, 3, 32, 32)
+    at, gain = out.flatten(2).argmax(2), out[:, :, 8, 8] / 100  # (400, 3) each
+    moves = torch.stack([at[:, 0] // 32, at[:, 0] % 32]) - 15  # (2, 400)
+    assert (at == at[:, :1]).all() and {*map(tuple, moves.T.tolist())} >= {(-4, 4), (4, -4)}
+    assert moves.abs().max() == 4 and moves.double().mean(1).abs().max() < 0.5
+    assert 0.6 <= gain.min() < 0.62 and 1.38 < gain.max() <= 1.4 and abs(gain.mean() - 1) < 0.05
+    assert gain.T.corrcoef().triu(1).abs().max() < 0.2, "the colors change together"
+    for (down, right), image in zip(moves.T.tolist(), out):  # what comes in from outside is black
+        assert (image[0] == 0).sum() == 1024 - (32 - abs(down)) * (32 - abs(right))
+    bright = tasks.jitter(images * 0 + 250, random_generator(0, "train"))
+    assert bright[..., 8, 8].aminmax() == (150, 255), "what is more than 255 begins at 0 again"
+    with mock.patch.object(tasks, "jitter", lambda images, _: images * 0):  # in training, if asked
+        for jitter, split in product((0, 1), SPLITS):
+            task = FewShot("cifarfs", fake_packs(), 5, 1, 1, jitter=jitter)
+            shown, _, asked, _ = task.sample(split, 1, random_generator(0, split))
+            for of in shown, asked:
+                assert of.any() == (not jitter or split != "train")
+
 def test_few_shot_episodes():
     def identify(images):  # of a fake pack -> class, number and way: 2 x quarter-turns + flipped
         corners = torch.stack([view.rot90(-k, (-2, -1))[..., 0, 0, :5].long()  # (8, *, 5)
