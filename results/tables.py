@@ -264,8 +264,8 @@ def image_blocks(cells):
     """What was tried with the encoder and the reader; line n of images.jsonl is cell images-n."""
     rows, blocks = kept(HERE / "images.jsonl"), {}
     for n, of in enumerate(rows, 1):
-        if of["part"] == "encoder":
-            of["score"] = of["validation"]["1-shot"]
+        if of["part"] != "reader":
+            of["score"] = of["validation"]["1-shot"] if "validation" in of else of["val"]
         cells[f"images-{n}"] = [dict(of, metric="accuracy")]
     rows = sorted(rows, key=lambda of: of["task"])
     blocks["images"] = table(["accuracy", *RULES.values(), "encoder alone",
@@ -276,7 +276,7 @@ def image_blocks(cells):
         for of in rows if of["part"] == "encoder"])
     blocks["curves"] = table(["encoder", "updates", "minutes", "train loss", "training classes",
                               "validation", "test"], [
-        [of["task"], str(of["updates"]), f"{of['minutes']:.0f}",
+        [f"{of['task']}, {of['tried']}", str(of["updates"]), f"{of['minutes']:.0f}",
          *(f"{of[key]:.3f}" for key in ("train_loss", "train", "val", "test"))]
         for of in rows if of["part"] == "curve"])
     blocks["readers"] = table(["encoder", "reader", "updates", "minutes", "score",
