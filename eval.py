@@ -100,20 +100,20 @@ def report(row):
             low, high = max(0, row[key] - row[half]), row[key] + row[half]
             high = min(high, 1) if row["metric"] == "accuracy" else high
             yield (f"  {name:18} {row[key]:.5f}   95% interval {low:.5f} to {high:.5f}, "
-                   f"{row['episodes']} episodes; guessing {row.get('chance', '?'):.5}")
+                   f"{row['episodes']} episodes; guessing {row['chance']:.5}")
     if "prototype" in row:
         yield f"  nearest prototype  {row['prototype']:.5f}   (the encoder alone, same episodes)"
     if "by_step" in row:
         yield "  by step shown " + " ".join(f"{score:.3g}" for _, score in row["by_step"])[:86]
-    yield from row.get("answers", ())
+    yield from row["answers"]
     if gates := row["gates"]:
         yield "  " + "   ".join(f"{name.replace('_', ' ')} {row[name]:.5f}"
                                 for name in GATE_FIGURES if name in row)
         yield f"  {'step':14} {'eta':>8} {'||D||':>9} {'write':>8}   (means of all episodes)"
-        names, most = row.get("steps", [""] * len(gates["eta"])), max(*gates["write"], 1e-12)
+        most = max(*gates["write"], 1e-12)
         for t, figures in enumerate(zip(gates["eta"], gates["d_norm"], gates["write"])):
             bar = "#" * round(40 * gates["write"][t] / most)
-            yield "  {:4} {:9} {:8.5f} {:9.3f} {:8.5f} ".format(t, names[t], *figures) + bar
+            yield "  {:4} {:9} {:8.5f} {:9.3f} {:8.5f} ".format(t, row["steps"][t], *figures) + bar
 
 def overview(rows):
     names = ("score", "interval", "lesion", *GATE_FIGURES[:4])
@@ -151,7 +151,7 @@ def plot(rows, path):
         for kind in group[0].get("writes", ()) if group else ():
             writes = zip(*(row["writes"][kind] for row in group))
             strips[rule + kind] = [fmean(at) for at in writes]
-    left.axhline(rows[0].get("chance", math.nan), color="0.5", linestyle="dashed", linewidth=1)
+    left.axhline(rows[0]["chance"], color="0.5", linestyle="dashed", linewidth=1)
     left.set(xlabel="update", ylabel=f"validation {rows[0]['metric']}",
              yscale="log" if rows[0]["metric"] == "mse" else "linear")
     left.legend()
@@ -159,7 +159,7 @@ def plot(rows, path):
         image = right.imshow([*strips.values()], norm=LogNorm(1e-3, 1), aspect="auto")
         right.set_yticks(range(len(strips)), strips)
         figure.colorbar(image, label="write / its cap")
-    steps = rows[0].get("steps", [])
+    steps = rows[0]["steps"]
     names = [name for name in dict.fromkeys(steps) if steps.count(name) > 1]
     right.set_xticks([steps.index(name) for name in names], names, ha="left")
     right.set(xlabel="step of the episode")
