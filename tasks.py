@@ -2,11 +2,9 @@
 
 A task draws B episodes of a split by `sample(split, batch_size, generator)`, has a `loss(out,
 target)` to train on and a `score(out, target)` of each answer. It says of itself
-
     kind         token, vector or image, with a vocab_size, n_features or image_shape: model.Embed
     n_out        numbers in an answer; metric, perfect: what its score is called, and the best
     step_names   what each step of its context is; chance: the score of guessing
-
 Its fields are the sizes of an episode. `shown(episodes)`, if it has that, says for each answer at
 which step what it asks for was shown, (B, L)."""
 import tempfile

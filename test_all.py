@@ -250,6 +250,19 @@ def fake_packs():
         torch.save({"images": images.expand(shape), "classes": sorted(names)}, folder / file_name)
     return folder
 
+def test_what_a_step_shows():
+    """Linear in the features, the value (0 where it is asked for) and whether it is a query."""
+    for task in Cue(4, 6), Regression(2, 4, 5), FewShot("omniglot", fake_packs(), 3, 1, 2):
+        model, episodes = small_model(task, "none"), draw(task, 2)
+        embed, y = model.embed, episodes.support_y
+        x, query_x = (of if of.ndim == 3 else embed.norm(embed.encoder(of.flatten(0, 1))).unflatten(
+            0, of.shape[:2]) for of in (episodes.support_x, episodes.query_x))
+        values = y if y.ndim == 3 else 4.0 * (y[..., None] == torch.arange(3))  # (B, T, 1 or ways)
+        blank = torch.zeros(2, query_x.size(1), values.size(2))
+        for shown, parts, query in zip(embed(episodes), ((x, values), (query_x, blank)), (0, 1)):
+            step = F.pad(torch.cat(parts, dim=2), (0, 1), value=query)
+            assert_close(shown, embed.linear(step), "the queries" if query else "the context")
+
 def test_a_query_does_not_see_the_others():
     sources = (Cue(4, 6), Regression(2, 4, 5), FewShot("omniglot", fake_packs(), 3, 1, 2))
     for task, rule, window in product(sources, RULES, (0, 2)):
@@ -651,6 +664,7 @@ def test_evaluation_of_a_run():
     full = call(evaluation, f"{run} --episodes 30").partition("\n")[2]
     (run / "best.pt").rename(run / "kept")  # as in results/
     assert call(evaluation, str(run)) == full and "0 item" in full and "2 blank" in full
+    assert full.count("30 episodes; guessing 0.25\n") == 2  # of four tokens; the score, the lesion
     assert full not in text
     (run / "kept").rename(run / "best.pt")
     for flag, size in (("--block-size", "--delay 5"), ("--ways", "--ways 5")):
