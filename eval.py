@@ -39,6 +39,8 @@ def measure(run, options, changes, device):
         return evaluate(answer, task, "test", options.episodes, options.batch_size,
                         random_generator(options.seed, "test"), device)
 
+    if trained.get("pretrain_steps"):
+        task.embed("test", model.to(device).eval().embed.encoder, device)
     result = test(model.to(device).eval())
     scores, shown = result["scores"], result["shown"]
     row = dict(run=str(run), task=trained["task"], rule=trained["rule"], seed=trained["seed"],

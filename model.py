@@ -104,7 +104,7 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x), fast)), fast)
 
 class Conv4(nn.Module):
-    """The few-shot encoder of the literature, images (N, channels, size, size) -> (N, d_out)."""
+    """The few-shot encoder of the literature, images (*, channels, size, size) -> (*, d_out)."""
 
     def __init__(self, channels, size, filters):
         super().__init__()
@@ -117,8 +117,9 @@ class Conv4(nn.Module):
         self.d_out = filters * (size // 16) ** 2
 
     def forward(self, images):
-        x = images.to(self.layers[0].weight.dtype) / 127.5 - 1  # 0..255 -> -1..1
-        return self.layers(x.contiguous(memory_format=torch.channels_last)).flatten(1)
+        x = images.flatten(0, -4).to(self.layers[0].weight.dtype) / 127.5 - 1  # 0..255 -> -1..1
+        x = self.layers(x.contiguous(memory_format=torch.channels_last)).flatten(1)
+        return x.unflatten(0, images.shape[:-3])
 
 class Embed(nn.Module):
     """What a task shows, as tokens (B, T, C). The task's `kind` says how:
@@ -140,28 +141,28 @@ class Embed(nn.Module):
             self.encoder = Conv4(*task.image_shape, config.filters)
             self.norm = nn.LayerNorm(self.encoder.d_out)
             self.linear = nn.Linear(self.encoder.d_out + task.n_out + 1, config.d_model)
+            self.classes = nn.Linear(self.encoder.d_out, task.n_classes) if task.n_classes else None
 
-    def features(self, images):  # (B, T, channels, size, size) -> (B, T, F)
-        return self.norm(self.encoder(images.flatten(0, 1))).unflatten(0, images.shape[:2])
+    def features(self, episodes):  # of all x, or of images embedded before: (B, T + Q, F)
+        x = torch.cat([episodes.support_x, episodes.query_x], dim=1)  # (B, T + Q, ...)
+        return x if self.kind == "vector" else self.norm(x if x.ndim == 3 else self.encoder(x))
 
     def nearest_prototype(self, episodes):
-        """What the encoder alone answers, (B, Q, ways), and None: a query is of the class whose
-        shots' mean is nearest (Snell et al. 2017, there by distance), by 10 times the cosine."""
-        x = torch.cat([episodes.support_x, episodes.query_x], dim=1)  # (B, T + Q, ...)
-        y = F.one_hot(episodes.support_y).to(torch.get_default_dtype())  # (B, T, ways)
-        shots, queries = self.features(x).tensor_split([y.size(1)], dim=1)  # (B, T or Q, F)
-        means = F.normalize(y.mT @ shots, dim=2)  # (B, ways, F)
-        return 10 * F.normalize(queries, dim=2) @ means.mT, None
+        """What the encoder alone answers, (B, Q, ways): a query is of the class whose shots' mean is
+        nearest (Snell et al. 2017, there by distance), by 10 times the cosine. On CIFAR-FS also,
+        (B, T + Q, classes), which of all training classes a layer takes each image for; or None."""
+        x, y = self.features(episodes), F.one_hot(episodes.support_y)  # (B, T + Q, F), (B, T, ways)
+        shots, queries = x.tensor_split([y.size(1)], dim=1)  # (B, T or Q, F)
+        means = F.normalize(y.to(x.dtype).mT @ shots, dim=2)  # (B, ways, F)
+        return 10 * F.normalize(queries, dim=2) @ means.mT, self.classes and self.classes(x)
 
     def forward(self, episodes):
         """-> context (B, T, C) and queries (B, Q, C), or None where the task has none."""
         if self.kind == "token":
             return self.token(episodes.support_x), None
-        T = episodes.support_x.size(1)
-        x = torch.cat([episodes.support_x, episodes.query_x], dim=1)  # (B, T + Q, ...)
-        y = episodes.support_y  # (B, T, 1) values, or (B, T) labels
+        T, y = episodes.support_x.size(1), episodes.support_y  # (B, T, 1) values, or (B, T) labels
+        x = self.features(episodes)  # (B, T + Q, F)
         if self.kind == "image":
-            x = self.features(x)  # (B, T + Q, F)
             y = 4 * F.one_hot(y, self.n_out)  # (B, T, ways); 1 would drown beside the embedding
         y = F.pad(y.to(x.dtype), (0, 1, 0, x.size(1) - T))  # (B, T + Q, 1 or ways, and 1)
         y[:, T:, -1] = 1  # marks a query

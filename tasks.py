@@ -151,7 +151,6 @@ class FewShot(Classification):
     queries: Annotated[int, "images asked for their label, of each class; regression: x", 1] = 5
     turned: Annotated[int, "1: quarter-turns are classes (Omniglot: always in training)", 0, 1] = 0
     alphabet: Annotated[int, "Omniglot, 1: one alphabet has all classes of an episode", 0, 1] = 0
-    jitter: Annotated[int, "CIFAR-FS, 1: distort training images, for long runs", 0, 1] = 0
 
     def __post_init__(self):
         self.images, names, self.class_ids = load_pack(self.data_dir, self.task)
@@ -169,18 +168,27 @@ class FewShot(Classification):
         if self.ways > fewest or self.shots + self.queries > n_images:
             raise ValueError(f"--ways {self.ways}, --alphabet {self.alphabet}: {fewest} classes; "
                              f"--shots {self.shots}, --queries {self.queries}: {n_images} images")
-        self.n_out, self.chance = self.ways, 1 / self.ways
+        self.n_out, self.chance, self.embedded = self.ways, 1 / self.ways, {}
         self.step_names = ["image"] * self.ways * self.shots
+        self.n_classes = len(self.class_ids["train"]) * (self.task == "cifarfs")  # to be named
 
     def take(self, split, classes, index, generator):
-        """Images number `index` of `classes`, both (*) -> (*, channels, size, size), augmented."""
+        """Images number `index` of `classes`, both (*) -> (*, channels, size, size), in training
+        changed a little; or their embeddings (*, F)."""
+        if split in self.embedded:
+            return self.embedded[split][classes, index]
         images = self.images[self.class_ids[split][classes], index]
-        if split == "train" and self.task == "omniglot":
-            return distort(images, generator)
-        if split == "train":
-            flip = torch.rand(index.shape, generator=generator) < 0.5
-            images[flip] = images[flip].flip(-1)
-        return jitter(images, generator) if split == "train" and self.jitter else images
+        change = distort if self.task == "omniglot" else shift
+        return change(images, generator) if split == "train" else images
+
+    @torch.no_grad()
+    def embed(self, split, encoder, device):
+        """CIFAR-FS: show, for an image, the mean of its and its mirror image's embeddings, by an
+        encoder that learns no more. Omniglot's images are distorted anew each time."""
+        if self.task == "cifarfs":
+            images = self.images[self.class_ids[split]].to(device)
+            means = [(encoder(of) + encoder(of.flip(-1))) / 2 for of in images]
+            self.embedded[split] = torch.stack(means).cpu()  # (classes, images, F)
 
     def sample(self, split, batch_size, generator, ways=None, shots=None, queries=None):
         B, N, K, Q = batch_size, ways or self.ways, shots or self.shots, queries or self.queries
@@ -188,6 +196,8 @@ class FewShot(Classification):
         rank = torch.rand(B, len(group), generator=generator)  # (B, classes)
         rank += group != group[rank.argmin(dim=1)][:, None]  # other groups than the first's: last
         classes = rank.argsort(dim=1)[:, :N]
+        if N == len(group):  # where all classes are shown, each keeps its label
+            classes = classes.sort(dim=1).values
         index = torch.rand(B, N, self.images.size(1), generator=generator).argsort(dim=2)
         parts = []
         for number in (index[..., :K], index[..., K:K + Q]):  # of shots and of queries, (B, N, .)
@@ -202,7 +212,7 @@ IMAGES = dict(batch_size=16, lr=1e-3, d_model=128, d_ff=256)
 TASKS = {"copy": (Copy, dict(steps=140, lr=8e-3)),
          "cue": (Cue, dict(steps=400, lr=3e-3, alpha_init=20.0)),
          "regression": (Regression, dict(steps=2000, lr=2e-3, n_layer=4, queries=50)),
-         "cifarfs": (FewShot, dict(IMAGES, steps=1000, pretrain_steps=4000)),
+         "cifarfs": (FewShot, dict(IMAGES, steps=1000, pretrain_steps=7000)),
          "omniglot": (FewShot, dict(IMAGES, steps=2000, pretrain_steps=3000))}
 
 def make_task(args):
@@ -237,14 +247,14 @@ def distort(images, generator):
     grid = F.affine_grid(theta, flat.shape, align_corners=False)  # (N, size, size, 2)
     return F.grid_sample(flat.float(), grid, align_corners=False).round().byte().view_as(images)
 
-def jitter(images, generator):
-    """Images (*, 3, 32, 32) uint8, each moved by up to 4 pixels, its colors by up to 40%."""
-    # where each may be cut out of itself with a margin, (N, 3, 9, 9, 32, 32)
-    places = F.pad(images.flatten(0, -4), (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)
-    down, right = torch.randint(0, 9, (2, len(places)), generator=generator)  # (N) each
-    moved = places[torch.arange(len(places)), :, down, right]  # (N, 3, 32, 32)
-    gain = 1 + 0.4 * (2 * torch.rand(len(places), 3, 1, 1, generator=generator) - 1)
-    return (moved * gain).clamp(max=255).byte().view_as(images)
+def shift(images, generator):
+    """Images (*, channels, size, size) uint8, half of them mirrored, each moved by <= 2 pixels."""
+    flat, size = images.flatten(0, -4), images.size(-1)  # (N, channels, size, size)
+    mirrored = torch.rand(len(flat), 1, 1, 1, generator=generator) < 0.5
+    flat = F.pad(torch.where(mirrored, flat.flip(-1), flat), (2, 2, 2, 2))  # black comes in
+    places = flat.unfold(2, size, 1).unfold(3, size, 1)  # (N, channels, 5, 5, size, size)
+    down, right = torch.randint(5, (2, len(flat)), generator=generator)  # (N) each
+    return places[torch.arange(len(flat)), :, down, right].view_as(images)
 
 # CIFAR-100's class-disjoint split by Bertinetto et al., ICLR 2019: all other classes train.
 CIFARFS_VAL = """beaver otter flatfish shark lamp television beetle butterfly sea camel cattle

@@ -33,6 +33,7 @@ from types import SimpleNamespace
 from typing import get_args
 from unittest import SkipTest, TestCase, mock
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a CPU numbers repeat, and CUDA's threads hinder fork
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.nn import functional as F
@@ -426,29 +427,61 @@ def test_distorted_images():
         assert -1.03 < low < -0.75 and 0.75 < high < 1.03 and abs(mean) < 0.15, (low, high, mean)
     assert u.corrcoef().triu(1).abs().max() < 0.2, "two of them go together"
 
-def test_jittered_images():
-    """A bright pixel on gray says where it went, the gray beside it by what the colors changed."""
-    images = torch.full((4, 100, 3, 32, 32), 100).byte()
-    images[..., 15, 15] = 150
-    out, again = (tasks.jitter(images, random_generator(0, "train")) for _ in range(2))
+def test_shifted_images():
+    """A bright pixel on gray says where it went, and whether the image was mirrored before."""
+    images = torch.full((4, 200, 3, 32, 32), 100).byte()
+    images[..., 15, 12] = 150
+    out, again = (tasks.shift(images, random_generator(0, "train")) for _ in range(2))
     assert out.dtype == torch.uint8 and out.shape == images.shape and torch.equal(out, again)
-    out = out.flatten(0, 1)  # (400, 3, 32, 32)
-    at, gain = out.flatten(2).argmax(2), out[:, :, 8, 8] / 100  # (400, 3) each
-    moves = torch.stack([at[:, 0] // 32, at[:, 0] % 32]) - 15  # (2, 400)
-    assert (at == at[:, :1]).all() and {*map(tuple, moves.T.tolist())} >= {(-4, 4), (4, -4)}
-    assert moves.abs().max() == 4 and moves.double().mean(1).abs().max() < 0.5
-    assert 0.6 <= gain.min() < 0.62 and 1.38 < gain.max() <= 1.4 and abs(gain.mean() - 1) < 0.05
-    assert gain.T.corrcoef().triu(1).abs().max() < 0.2, "the colors change together"
-    for (down, right), image in zip(moves.T.tolist(), out):  # what comes in from outside is black
+    out = out.flatten(0, 1)  # (800, 3, 32, 32)
+    at = out.flatten(2).argmax(2)  # (800, 3)
+    mirrored = at[:, 0] % 32 > 15
+    moves = torch.stack([at[:, 0] // 32 - 15, at[:, 0] % 32 - torch.where(mirrored, 19, 12)], 1)
+    kinds, counts = torch.cat([moves, mirrored[:, None]], 1).unique(dim=0, return_counts=True)
+    assert (at == at[:, :1]).all() and moves.abs().max() == 2
+    assert len(kinds) == 50 and counts.max() < 40, "not all equally often"
+    for (down, right), image in zip(moves.tolist(), out):  # what comes in from outside is black
         assert (image[0] == 0).sum() == 1024 - (32 - abs(down)) * (32 - abs(right))
-    bright = tasks.jitter(images * 0 + 250, random_generator(0, "train"))
-    assert bright[..., 8, 8].aminmax() == (150, 255), "what is more than 255 begins at 0 again"
-    with mock.patch.object(tasks, "jitter", lambda images, _: images * 0):  # in training, if asked
-        for jitter, split in product((0, 1), SPLITS):
-            task = FewShot("cifarfs", fake_packs(), 5, 1, 1, jitter=jitter)
-            shown, _, asked, _ = task.sample(split, 1, random_generator(0, split))
-            for of in shown, asked:
-                assert of.any() == (not jitter or split != "train")
+
+def test_embedded_images():
+    """The mean of both mirror images' embeddings, of CIFAR-FS alone."""
+    for name, split in product(tasks.PACKS, ("val", "test")):
+        task = FewShot(name, fake_packs(), 5, 2, 3)
+        encoder = small_model(task, "none").embed.encoder
+        x, y, query_x, target = task.sample("test", 4, random_generator(0, "test"))
+        task.embed(split, encoder, "cpu")
+        shown, label, asked, right = task.sample("test", 4, random_generator(0, "test"))
+        assert torch.equal(y, label) and torch.equal(target, right)
+        for images, of in (x, shown), (query_x, asked):
+            if (name, split) == ("cifarfs", "test"):
+                images = (encoder(images) + encoder(images.flip(-1))) / 2
+            assert_close(of, images, f"{name} {split}")
+
+def test_encoder_learns_then_embeds():
+    """By prototypes and, on CIFAR-FS, by a layer; what the reader and eval.py see is embedded."""
+    drawn, losses, run = [], [], new_folder()
+    def loss(task, out, target):
+        losses.append((out.size(2), target))
+        return tasks.Classification.loss(task, out, target)
+    def embed(task, split, encoder, device):
+        drawn.append((split, sum(of.sum().item() for of in encoder.state_dict().values())))
+        task.embedded[split] = torch.rand(len(task.class_ids[split]), 600, encoder.d_out)
+    flags = f"{TINY_IMAGES} --task cifarfs --steps 2 --data-dir {fake_packs()} --out-dir {run}"
+    with mock.patch.multiple(FewShot, embed=embed, loss=loss):
+        call(train, flags)
+        (ways, target), (n, classes) = losses[:2]  # the encoder's: by prototypes, by the layer
+        assert ways == n == 64 and torch.equal(classes[0].sort().values[::2], torch.arange(64))
+        assert torch.equal(classes[:, 64:], target), "the shots, then the queries"
+        assert losses[4][0] == 5, "not the reader's, after two updates of the encoder"
+        learned = load(run)["model"]["embed.classes.weight"]
+        call(train, f"--resume --out-dir {run}")
+        call(evaluation, f"{run} --episodes 2")
+        assert [split for split, _ in drawn] == ["train", "val", "train", "val", "test"]
+        assert len({state for _, state in drawn}) == 1, "not by the encoder that was pretrained"
+        call(train, f"{flags} --pretrain-steps 0")
+        assert not torch.equal(load(run)["model"]["embed.classes.weight"], learned)
+        call(evaluation, f"{run} --episodes 2")
+        assert len(drawn) == 5, "an encoder that learns changes what it says of an image"
 
 def test_few_shot_episodes():
     def identify(images):  # of a fake pack -> class, number and way: 2 x quarter-turns + flipped
@@ -457,8 +490,7 @@ def test_few_shot_episodes():
         way = (corners[..., 4] == 255).long().argmax(0)
         a, b, c, d, _ = corners.take_along_dim(way[None, ..., None], 0)[0].unbind(-1)
         return a * 256 + b, c * 256 + d, way
-    # cifarfs is not to be distorted
-    cases = (("cifarfs", (0, 0), [64, 16, 20], [0, 1], [0]),
+    cases = (("cifarfs", (0, 0), [64, 16, 20], [1], [0]),
              ("omniglot", (0, 0), [813, 151, 659], [1, 3, 5, 7], [0]),
              ("omniglot", (1, 1), [813, 151, 659], [1, 3, 5, 7], [0, 2, 4, 6]))
     folder = fake_packs()
@@ -467,10 +499,14 @@ def test_few_shot_episodes():
         n, ids = sum(sizes), task.class_ids
         parts = [(ids[of] % n).unique().tolist() for of in SPLITS]
         assert [*map(len, parts)] == sizes and sorted(sum(parts, [])) == [*range(n)]
-        distort = None if name == "cifarfs" else lambda images, _: images.flip(-1)
-        with mock.patch.object(tasks, "distort", distort):
+        change = "shift" if name == "cifarfs" else "distort"
+        with mock.patch.object(tasks, change, lambda images, _: images.flip(-1)):
             x, y, query_x, target = task.sample(split, 40, generator)
             wide = task.sample("train", 1, generator, 60, shots=1, queries=2)  # to pretrain on
+            every = task.sample("train", 3, generator, 64)
+        if name == "cifarfs":  # each of all classes keeps its label
+            kind, _, _ = identify(every.support_x)
+            assert torch.equal(kind, ids["train"][every.support_y])
         kind, _, way = identify(torch.cat([wide.support_x, wide.query_x], 1))  # (1, 180) each
         classes, label = kind + way // 2 * n, torch.cat([wide.support_y, wide.target], 1)
         assert torch.isin(classes, ids["train"]).all() and way.unique().tolist() == train_ways
@@ -816,7 +852,8 @@ def test_processes_share_a_batch():
             optimizer = mock.Mock(step=lambda: torch.save([p.grad for p in of], at),
                                   param_groups=[dict(params=of)])
             shared = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-            train.update(shared, task, optimizer, draw(task, 4).to(device, rank, world), 0)
+            episodes = draw(task, 4).to(device, rank, world)
+            train.update(task.loss(shared(episodes)[0], episodes.target), optimizer, 0)
     in_two_processes(learn)
     learn()
     for i, (task, _) in enumerate(cases):

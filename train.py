@@ -31,6 +31,7 @@ from tasks import TASKS, make_task, random_generator, show
 
 LR_WARMUP, CLIP, WEIGHT_DECAY, EVAL_EPISODES = 25, 1.0, 0.01, 160  # updates, norm, AdamW's, number
 PRETRAIN_INTERVAL = 250  # updates between checkpoints
+PRETRAIN_EPISODES = {"cifarfs": (64, 1, 1), "omniglot": (60, 1, 2)}  # ways, shots, queries
 
 @dataclass
 class Training:
@@ -105,10 +106,8 @@ def learning_rate(step, steps):
     """The schedule, as a share of --lr: a linear warm-up times a cosine that falls to 5%."""
     return min(step / LR_WARMUP, 1) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
 
-def update(model, task, optimizer, episodes, lr):
-    """One update on a batch of episodes -> the loss. FloatingPointError where it is not finite."""
-    out, _ = model(episodes)
-    loss = task.loss(out, episodes.target)
+def update(loss, optimizer, lr):
+    """One update by the loss of a batch -> the loss. FloatingPointError where it is not finite."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
@@ -129,7 +128,7 @@ def evaluate(model, task, split, n_episodes, batch_size, generator, device):
         out, fast = model(episodes)
         losses += [task.loss(out, episodes.target).item()] * len(out)
         scores.append(task.score(out, episodes.target))
-        if fast:
+        if hasattr(fast, "eta"):
             eta, norm, change = (torch.cat(of, 1) for of in (fast.eta, fast.norm, fast.change))
             gates.append(torch.stack([eta, norm, eta * norm, change]).cpu().double())
     scores, shown, gates = (torch.cat(of, -2) if of else None for of in (scores, shown, gates))
@@ -137,14 +136,17 @@ def evaluate(model, task, split, n_episodes, batch_size, generator, device):
                 shown=shown, gates=gates)
 
 def pretrain(run, args, task, model, optimizer, generator, device, rank):
-    """In the updates up to 0, train the image encoder to tell 60 classes apart by their nearest
-    prototypes. Then its convolutions stay as they are, and the reader learns twice as fast."""
+    """Up to update 0, an image encoder learns to tell classes by their nearest prototypes."""
     alone, began = model.embed.nearest_prototype, time.time() - run["seconds"]
-    steps, ways = args.pretrain_steps, min(60, len(task.class_ids["train"]))
+    steps, sizes = args.pretrain_steps, PRETRAIN_EPISODES[args.task]
     for step in range(run["step"] + 1, 1):
         model.train()
-        episodes = task.sample("train", 1, generator, ways, shots=1, queries=2).to(device)
-        loss = update(alone, task, optimizer, episodes, 1e-3 * learning_rate(steps + step, steps))
+        episodes = task.sample("train", 1, generator, *sizes).to(device)
+        answers, classes = alone(episodes)
+        loss = task.loss(answers, episodes.target)
+        if classes is not None:  # to tell 64 classes apart also without shots helps
+            loss += task.loss(classes, torch.cat([episodes.support_y, episodes.target], dim=1))
+        loss = update(loss, optimizer, 1e-3 * learning_rate(steps + step, steps))
         run.update(step=step, seconds=time.time() - began)
         run["losses"].append(loss.item())
         if step % PRETRAIN_INTERVAL == 0 and not rank:
@@ -169,13 +171,17 @@ def train(args, task, model, device, state=None, rank=0, world=1):
         if run["step"] <= 0:
             pretrain(run, args, task, model, optimizer, generator, device, rank)
         model.embed.encoder.requires_grad_(False)
+        for split in "train", "val":
+            task.embed(split, model.embed.encoder.eval(), device)
     began = time.time() - run["seconds"]
-    shared = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    shared = model if world == 1 else nn.parallel.DistributedDataParallel(
+        model, find_unused_parameters=args.task == "cifarfs")  # its embed.classes
     watching, above = args.watch and sys.stdout.isatty() and args.rule != "none", ""
     for step in range(run["step"] + 1, args.steps + 1):
         model.train(not args.pretrain_steps)  # a pretrained encoder's batch norm stays, too
         episodes = task.sample("train", args.batch_size, generator).to(device, rank, world)
-        loss = update(shared, task, optimizer, episodes, args.lr * learning_rate(step, args.steps))
+        loss = task.loss(shared(episodes)[0], episodes.target)
+        loss = update(loss, optimizer, args.lr * learning_rate(step, args.steps))
         if world > 1:  # each has the loss of its share
             torch.distributed.all_reduce(loss.div_(world))
         if rank:

@@ -273,12 +273,17 @@ def image_blocks(cells):
     blocks["encoders"] = table(["encoder", "updates × images", "minutes", "1-shot", "5-shot"], [
         [f"{of['task']}, {of['tried']}", f"{of['updates']} × {of['images']}",
          f"{of['minutes']:.1f}", *(f"{of['validation'][k]:.3f}" for k in ("1-shot", "5-shot"))]
-        for of in rows if of["part"] == "encoder"])
+        for of in rows if of["part"] == "encoder" and of.get("page", True)])
+    blocks["sweep"] = table(["CIFAR-FS", "updates × images", "1-shot", "5-shot",
+                             "mirrored: 1-shot", "5-shot"], [
+        [of["tried"], f"{of['updates']} × {of['images']}",
+         *(f"{of[key][k]:.3f}" for key in ("validation", "mirrored") for k in ("1-shot", "5-shot"))]
+        for of in rows if of["part"] == "sweep" and of["page"]])
     blocks["curves"] = table(["encoder", "updates", "minutes", "train loss", "training classes",
                               "validation", "test"], [
         [f"{of['task']}, {of['tried']}", str(of["updates"]), f"{of['minutes']:.0f}",
          *(f"{of[key]:.3f}" for key in ("train_loss", "train", "val", "test"))]
-        for of in rows if of["part"] == "curve"])
+        for of in rows if of["part"] == "curve" and of.get("page", True)])
     blocks["readers"] = table(["encoder", "reader", "updates", "minutes", "score",
                                "encoder alone"], [
         [f"{of['task']}, {of['encoder']}", f"{RULES[of['rule']]}, {of['tried']}",
