@@ -18,7 +18,7 @@ from statistics import fmean
 
 import torch
 
-from tasks import TASKS, random_generator, show
+from tasks import TASKS, show
 from train import add_flags, evaluate, fail, load_run, number, one_line, prepare, save
 
 GATE_FIGURES = "persistence cap_share change selectivity eta_selectivity share_of_pairs".split()
@@ -37,7 +37,7 @@ def measure(run, options, changes, device):
 
     def test(answer):  # on the same episodes each time
         return evaluate(answer, task, "test", options.episodes, options.batch_size,
-                        random_generator(options.seed, "test"), device)
+                        options.seed, device)
 
     if trained.get("pretrain_steps"):
         task.embed("test", model.to(device).eval().embed.encoder, device)

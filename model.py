@@ -123,7 +123,6 @@ class Conv4(nn.Module):
 
 class Embed(nn.Module):
     """What a task shows, as tokens (B, T, C). The task's `kind` says how:
-
     token    (B, T) integers: a learned vector each
     vector   (B, T, F) features: linear in [features, value or 0, 0 or 1 for a query]
     image    (B, T, channels, size, size): linear in [normed Conv4, 4 * label or 0, 0 or 1]"""
@@ -148,9 +147,9 @@ class Embed(nn.Module):
         return x if self.kind == "vector" else self.norm(x if x.ndim == 3 else self.encoder(x))
 
     def nearest_prototype(self, episodes):
-        """What the encoder alone answers, (B, Q, ways): a query is of the class whose shots' mean is
-        nearest (Snell et al. 2017, there by distance), by 10 times the cosine. On CIFAR-FS also,
-        (B, T + Q, classes), which of all training classes a layer takes each image for; or None."""
+        """The encoder alone: a query is of the class whose shots' mean is nearest (Snell et al.
+        2017, there by distance) -> 10 times their cosine, (B, Q, ways); on CIFAR-FS also which of
+        all training classes a layer takes each image for, (B, T + Q, classes), else None."""
         x, y = self.features(episodes), F.one_hot(episodes.support_y)  # (B, T + Q, F), (B, T, ways)
         shots, queries = x.tensor_split([y.size(1)], dim=1)  # (B, T or Q, F)
         means = F.normalize(y.to(x.dtype).mT @ shots, dim=2)  # (B, ways, F)

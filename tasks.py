@@ -5,8 +5,7 @@ target)` to train on and a `score(out, target)` of each answer. It says of itsel
     kind         token, vector or image, with a vocab_size, n_features or image_shape: model.Embed
     n_out        numbers in an answer; metric, perfect: what its score is called, and the best
     step_names   what each step of its context is; chance: the score of guessing
-Its fields are the sizes of an episode. `shown(episodes)`, if it has that, says for each answer at
-which step what it asks for was shown, (B, L)."""
+Its fields are sizes; `shown(episodes)`, if it has that: which step showed what is asked, (B, L)."""
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,10 +30,10 @@ def random_generator(seed, split):
     """A generator for each seed and split: training never draws a test episode's numbers."""
     return torch.Generator().manual_seed(len(SPLITS) * seed + SPLITS.index(split))
 
-def shuffle(x, generator):
-    """x (B, N, ...) -> x with each row's N in a random order of its own, and that order (B, N)."""
-    order = torch.rand(x.shape[:2], generator=generator).argsort(dim=1)  # (B, N)
-    return x[torch.arange(len(x))[:, None], order], order
+def shuffle(generator, *tensors):
+    """Tensors (B, N, ...) -> the same with each row's N in a random order, one for all tensors."""
+    order = torch.rand(tensors[0].shape[:2], generator=generator).argsort(dim=1)  # (B, N)
+    return [of[torch.arange(len(of))[:, None], order] for of in tensors]
 
 class Classification:
     """Cross entropy and accuracy of the last L answers: out (B, >= L, n_out), target (B, L)."""
@@ -81,8 +80,7 @@ class Copy(Classification):
             wrong = (items.sum(1) % 5 - 2).clamp(min=0) != SPLITS.index(split)  # (B)
         if split == "train" and self.min_delay is not None and self.min_delay < delay:
             delay = torch.randint(self.min_delay, delay + 1, (), generator=generator).item()
-        context = torch.zeros(B, 2 * L + delay + 1, dtype=torch.long)  # (B, T)
-        context[:, :L] = items
+        context = F.pad(items, (0, delay + 1 + L))  # (B, T)
         if self.distractors:
             context[:, L:L + delay] = torch.randint(1, V - 1, (B, delay), generator=generator)
         context[:, L + delay] = V - 1
@@ -109,13 +107,11 @@ class Cue(SquaredError):
         cues = torch.rand(B, self.cues, generator=generator).argsort(dim=1)[:, :N]  # all different
         noise = torch.randint(self.cues, (B, self.noise), generator=generator)
         reward = torch.rand(B, T, 1, generator=generator)
-        x = torch.eye(self.cues)[torch.cat([cues, noise], dim=1)]  # (B, T, cues)
-        query_x, order = shuffle(x[:, :N], generator)
-        target = reward.gather(1, order[..., None])  # (B, N, 1)
+        x = torch.eye(self.cues, self.n_features)[torch.cat([cues, noise], dim=1)]  # (B, T, F)
+        x[:, :N, self.cues:] = 1.0  # the feature more that there is with noise
+        query_x, target = shuffle(generator, x[:, :N], reward[:, :N])  # (B, N, F), (B, N, 1)
         if self.noise:
-            counts = (torch.arange(T) < N).float().expand(B, T)
-            x, order = shuffle(torch.cat([x, counts[..., None]], dim=2), generator)
-            reward, query_x = reward.gather(1, order[..., None]), F.pad(query_x, (0, 1), value=1.0)
+            x, reward = shuffle(generator, x, reward)
         return Episodes(x, reward, query_x, target)
 
     def shown(self, episodes):
@@ -153,28 +149,26 @@ class FewShot(Classification):
     alphabet: Annotated[int, "Omniglot, 1: one alphabet has all classes of an episode", 0, 1] = 0
 
     def __post_init__(self):
-        self.images, names, self.class_ids = load_pack(self.data_dir, self.task)
+        self.images, names, ids = load_pack(self.data_dir, self.task)
         if self.task == "omniglot" or self.turned:  # in training quarter-turns are always classes
             self.images = torch.cat([self.images.rot90(k, (-2, -1)) for k in range(4)])
             for split in SPLITS if self.turned else ["train"]:  # k turns make class i + k * all
-                ids = self.class_ids[split]
-                self.class_ids[split] = torch.cat([ids + k * len(names) for k in range(4)])
+                ids[split] = torch.cat([ids[split] + k * len(names) for k in range(4)])
         n_images, self.image_shape = self.images.size(1), self.images.shape[2:4]  # channels, size
         # an episode's classes are those of one group: of an alphabet, or of all
         names = [name.split("/")[0] * self.alphabet for name in names] * 4
         groups = torch.tensor([names.index(name) for name in names])  # of each class
-        self.group = {split: groups[ids] for split, ids in self.class_ids.items()}
+        self.group = {split: groups[of] for split, of in ids.items()}
         fewest = min(of.unique(return_counts=True)[1].min() for of in self.group.values())
         if self.ways > fewest or self.shots + self.queries > n_images:
             raise ValueError(f"--ways {self.ways}, --alphabet {self.alphabet}: {fewest} classes; "
                              f"--shots {self.shots}, --queries {self.queries}: {n_images} images")
         self.n_out, self.chance, self.embedded = self.ways, 1 / self.ways, {}
         self.step_names = ["image"] * self.ways * self.shots
-        self.n_classes = len(self.class_ids["train"]) * (self.task == "cifarfs")  # to be named
+        self.class_ids, self.n_classes = ids, len(ids["train"]) * (self.task == "cifarfs")  # named
 
     def take(self, split, classes, index, generator):
-        """Images number `index` of `classes`, both (*) -> (*, channels, size, size), in training
-        changed a little; or their embeddings (*, F)."""
+        """Images `index` of `classes`, both (*) -> (*, channels, size, size); embedded: (*, F)."""
         if split in self.embedded:
             return self.embedded[split][classes, index]
         images = self.images[self.class_ids[split][classes], index]
@@ -183,9 +177,8 @@ class FewShot(Classification):
 
     @torch.no_grad()
     def embed(self, split, encoder, device):
-        """CIFAR-FS: show, for an image, the mean of its and its mirror image's embeddings, by an
-        encoder that learns no more. Omniglot's images are distorted anew each time."""
-        if self.task == "cifarfs":
+        """From now on show the mean of what `encoder` says of an image and its mirror image."""
+        if self.task == "cifarfs":  # Omniglot's images are distorted anew each time
             images = self.images[self.class_ids[split]].to(device)
             means = [(encoder(of) + encoder(of.flip(-1))) / 2 for of in images]
             self.embedded[split] = torch.stack(means).cpu()  # (classes, images, F)
@@ -195,17 +188,15 @@ class FewShot(Classification):
         group = self.group[split]
         rank = torch.rand(B, len(group), generator=generator)  # (B, classes)
         rank += group != group[rank.argmin(dim=1)][:, None]  # other groups than the first's: last
-        classes = rank.argsort(dim=1)[:, :N]
-        if N == len(group):  # where all classes are shown, each keeps its label
-            classes = classes.sort(dim=1).values
+        # where all classes are shown, each keeps its label
+        classes = rank.argsort(dim=1)[:, :N] if N < len(group) else torch.arange(N).expand(B, N)
         index = torch.rand(B, N, self.images.size(1), generator=generator).argsort(dim=2)
-        parts = []
+        parts, labels = [], torch.arange(N)[:, None]
         for number in (index[..., :K], index[..., K:K + Q]):  # of shots and of queries, (B, N, .)
-            label, order = shuffle(torch.arange(N)[:, None].expand_as(number).flatten(1), generator)
-            parts.append((classes.gather(1, label), number.flatten(1).gather(1, order), label))
-        (*support, support_y), (*query, target) = parts  # classes, numbers and labels, (B, N * .)
-        return Episodes(self.take(split, *support, generator), support_y,
-                        self.take(split, *query, generator), target)
+            part = [of.expand_as(number).flatten(1) for of in (classes[..., None], number, labels)]
+            parts.append(shuffle(generator, *part))  # classes, numbers and labels, (B, N * .) each
+        shown, asked = ((self.take(split, *of, generator), label) for *of, label in parts)
+        return Episodes(*shown, *asked)
 
 # Each task, and its defaults: as many updates as every seed needs to learn, with a margin.
 IMAGES = dict(batch_size=16, lr=1e-3, d_model=128, d_ff=256)
@@ -242,19 +233,17 @@ def distort(images, generator):
     u = torch.rand(4, flat.size(0), generator=generator) * 2 - 1  # (4, N) in [-1, 1]
     angle, scale, (right, down) = torch.deg2rad(10 * u[0]), 1 + 0.15 * u[1], 0.15 * u[2:]
     cos, sin = scale * angle.cos(), scale * angle.sin()  # (N)
-    # where in the image each pixel of the new one comes from
     theta = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, flat.shape, align_corners=False)  # (N, size, size, 2)
+    grid = F.affine_grid(theta, flat.shape, align_corners=False)  # from where, (N, size, size, 2)
     return F.grid_sample(flat.float(), grid, align_corners=False).round().byte().view_as(images)
 
 def shift(images, generator):
-    """Images (*, channels, size, size) uint8, half of them mirrored, each moved by <= 2 pixels."""
-    flat, size = images.flatten(0, -4), images.size(-1)  # (N, channels, size, size)
-    mirrored = torch.rand(len(flat), 1, 1, 1, generator=generator) < 0.5
-    flat = F.pad(torch.where(mirrored, flat.flip(-1), flat), (2, 2, 2, 2))  # black comes in
-    places = flat.unfold(2, size, 1).unfold(3, size, 1)  # (N, channels, 5, 5, size, size)
-    down, right = torch.randint(5, (2, len(flat)), generator=generator)  # (N) each
-    return places[torch.arange(len(flat)), :, down, right].view_as(images)
+    """Images (*, channels, size, size) uint8, half mirrored, each moved by <= 2 pixels on black."""
+    x, size = images.flatten(0, -4), images.size(-1)  # (N, channels, size, size)
+    x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(-1), x)
+    x = F.pad(x, (2, 2, 2, 2)).unfold(2, size, 1).unfold(3, size, 1)  # (N, channels, 5, 5, ...)
+    down, right = torch.randint(5, (2, len(x)), generator=generator)  # (N) each
+    return x[torch.arange(len(x)), :, down, right].view_as(images)
 
 # CIFAR-100's class-disjoint split by Bertinetto et al., ICLR 2019: all other classes train.
 CIFARFS_VAL = """beaver otter flatfish shark lamp television beetle butterfly sea camel cattle
@@ -293,10 +282,9 @@ def load_pack(data_dir, name):
 def pack_cifar100(root):
     from torchvision.datasets import CIFAR100
     train, test = (CIFAR100(root, train=part, download=True) for part in (True, False))
-    images = torch.cat([torch.from_numpy(train.data), torch.from_numpy(test.data)])
+    images = torch.cat([torch.from_numpy(of.data) for of in (train, test)]).permute(0, 3, 1, 2)
     order = torch.tensor(train.targets + test.targets).argsort(stable=True)  # by class, train first
-    images = images.permute(0, 3, 1, 2)[order].reshape(100, 600, 3, 32, 32)
-    return {"images": images.contiguous(), "classes": list(train.classes)}
+    return {"images": images[order].contiguous().unflatten(0, (100, 600)), "classes": train.classes}
 
 def pack_omniglot(root):
     from PIL import Image, ImageOps
@@ -305,9 +293,8 @@ def pack_omniglot(root):
     images, classes = [], []
     for background in (True, False):
         folder = Path(Omniglot(root, background=background, download=True).target_folder)
-        for character in sorted(folder.glob("*/*")):  # Alphabet/characterNN
-            scans = [Image.open(scan).convert("L") for scan in sorted(character.glob("*.png"))]
-            small = [ImageOps.invert(scan).resize((28, 28), Image.BILINEAR) for scan in scans]
-            images.append(torch.stack([pil_to_tensor(scan) for scan in small]))  # ink is 255
-            classes.append(f"{character.parent.name}/{character.name}")
-    return {"images": torch.stack(images), "classes": classes}
+        for file in sorted(folder.glob("*/*/*.png")):  # Alphabet/characterNN/..., 20 of each
+            scan = ImageOps.invert(Image.open(file).convert("L"))  # ink is 255
+            images.append(pil_to_tensor(scan.resize((28, 28), Image.BILINEAR)))
+            classes.append("/".join(file.parts[-3:-1]))
+    return {"images": torch.stack(images).unflatten(0, (-1, 20)), "classes": classes[::20]}

@@ -31,7 +31,6 @@ from tasks import TASKS, make_task, random_generator, show
 
 LR_WARMUP, CLIP, WEIGHT_DECAY, EVAL_EPISODES = 25, 1.0, 0.01, 160  # updates, norm, AdamW's, number
 PRETRAIN_INTERVAL = 250  # updates between checkpoints
-PRETRAIN_EPISODES = {"cifarfs": (64, 1, 1), "omniglot": (60, 1, 2)}  # ways, shots, queries
 
 @dataclass
 class Training:
@@ -118,10 +117,10 @@ def update(loss, optimizer, lr):
     return loss.detach()
 
 @torch.no_grad()
-def evaluate(model, task, split, n_episodes, batch_size, generator, device):
+def evaluate(model, task, split, n_episodes, batch_size, seed, device):
     """n episodes of a split by a model in .eval() -> loss, score; scores, `shown` (in tasks.py) of
     each answer (n, L); gates (4, n, T): eta_t, ||D_t||, eta_t ||D_t||, eta_t ||alpha ∘ D_t||."""
-    losses, scores, shown, gates = [], [], [], []
+    losses, scores, shown, gates, generator = [], [], [], [], random_generator(seed, split)
     for start in range(0, n_episodes, batch_size):
         episodes = task.sample(split, min(batch_size, n_episodes - start), generator).to(device)
         shown += [task.shown(episodes).cpu()] if hasattr(task, "shown") else []
@@ -138,17 +137,17 @@ def evaluate(model, task, split, n_episodes, batch_size, generator, device):
 def pretrain(run, args, task, model, optimizer, generator, device, rank):
     """Up to update 0, an image encoder learns to tell classes by their nearest prototypes."""
     alone, began = model.embed.nearest_prototype, time.time() - run["seconds"]
-    steps, sizes = args.pretrain_steps, PRETRAIN_EPISODES[args.task]
+    sizes = (task.n_classes, 1, 1) if task.n_classes else (60, 1, 2)  # ways, shots, queries
+    steps = args.pretrain_steps
     for step in range(run["step"] + 1, 1):
         model.train()
         episodes = task.sample("train", 1, generator, *sizes).to(device)
         answers, classes = alone(episodes)
         loss = task.loss(answers, episodes.target)
-        if classes is not None:  # to tell 64 classes apart also without shots helps
+        if classes is not None:  # CIFAR-FS: also to name the class, without shots, helps
             loss += task.loss(classes, torch.cat([episodes.support_y, episodes.target], dim=1))
-        loss = update(loss, optimizer, 1e-3 * learning_rate(steps + step, steps))
-        run.update(step=step, seconds=time.time() - began)
-        run["losses"].append(loss.item())
+        loss = update(loss, optimizer, 1e-3 * learning_rate(steps + step, steps)).item()
+        run.update(step=step, seconds=time.time() - began, losses=[*run["losses"], loss])
         if step % PRETRAIN_INTERVAL == 0 and not rank:
             model.eval()
             print("encoder alone:", log(run, args, task, alone, device), flush=True)
@@ -156,8 +155,7 @@ def pretrain(run, args, task, model, optimizer, generator, device, rank):
     optimizer.state.clear()
 
 def train(args, task, model, device, state=None, rank=0, world=1):
-    """The one loop, for every task and rule. Updates up to 0 are those of an encoder alone;
-    `state`: where to go on; rank 0 of `world` writes."""
+    """The one loop, for every task and rule. `state`: where to go on; rank 0 of `world` writes."""
     folder, generator = Path(args.out_dir), random_generator(args.seed, "train")
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
     run = dict(step=-args.pretrain_steps, seconds=0.0, best=math.inf, losses=[], log=[])
@@ -186,12 +184,11 @@ def train(args, task, model, device, state=None, rank=0, world=1):
             torch.distributed.all_reduce(loss.div_(world))
         if rank:
             continue
-        run.update(step=step, seconds=time.time() - began)
-        run["losses"].append(loss.item())
+        run.update(step=step, seconds=time.time() - began, losses=[*run["losses"], loss.item()])
         if step % args.eval_interval == 0 or step == args.steps:
             line = log(run, args, task, model.eval(), device)
             if watching:  # one episode, drawn over the three lines of the last picture
-                one = evaluate(model, task, "val", 1, 1, random_generator(0, "val"), device)
+                one = evaluate(model, task, "val", 1, 1, 0, device)
                 line, above = above + line + picture(one["gates"][2, 0], task), "\x1b[3F\x1b[J"
             print(line, flush=True)
             score = run["log"][-1]["val_metric"]
@@ -204,8 +201,7 @@ def train(args, task, model, device, state=None, rank=0, world=1):
 
 def log(run, args, task, model, device):
     """Evaluate, always on the same episodes, and add a line to metrics.jsonl -> one to print."""
-    result = evaluate(model, task, "val", EVAL_EPISODES, args.batch_size,
-                      random_generator(args.seed, "val"), device)
+    result = evaluate(model, task, "val", EVAL_EPISODES, args.batch_size, args.seed, device)
     row = dict(step=run["step"], train_loss=statistics.fmean(run["losses"]), metric=task.metric,
                val_loss=result["loss"], val_metric=result["score"], seconds=run["seconds"])
     run.update(losses=[], log=[*run["log"], row])
