@@ -2,7 +2,7 @@
 
 A task draws B episodes of a split by `sample(split, batch_size, generator)`, has a `loss(out,
 target)` to train on and a `score(out, target)` of each answer. It says of itself
-    kind         token, vector or image, with a vocab_size, n_features or image_shape: model.Embed
+    kind         token, vector, image: with vocab_size, n_features, or image_shape and n_classes
     n_out        numbers in an answer; metric, perfect: what its score is called, and the best
     step_names   what each step of its context is; chance: the score of guessing
 Its fields are sizes; `shown(episodes)`, if it has that: which step showed what is asked, (B, L)."""
@@ -18,7 +18,7 @@ SPLITS = ("train", "val", "test")  # apart in random numbers; copy: in sequences
 
 class Episodes(NamedTuple):
     """B episodes: (x, y) pairs, then x of queries. In copy support_x is all that is shown."""
-    support_x: torch.Tensor  # (B, T) tokens, (B, T, F) or (B, T, channels, size, size) uint8
+    support_x: torch.Tensor  # (B, T) tokens, (B, T, F) or images (B, T, channels, size, size)
     support_y: torch.Tensor  # (B, T, 1) values, or (B, T) labels of images; None in copy
     query_x: torch.Tensor  # (B, Q, F) or (B, Q, channels, size, size) uint8; None in copy
     target: torch.Tensor  # (B, L) tokens of the last L steps, (B, Q, 1) values or (B, Q) labels
@@ -132,8 +132,7 @@ class Regression(SquaredError):
         B, T = batch_size, self.support
         x = torch.randn(B, T + self.queries, self.dim, generator=generator)  # (B, T + Q, dim)
         w = torch.randn(B, self.dim, 1, generator=generator)
-        b = torch.randn(B, 1, 1, generator=generator)
-        y = x @ w + b  # (B, T + Q, 1)
+        y = x @ w + torch.randn(B, 1, 1, generator=generator)  # + b, (B, T + Q, 1)
         return Episodes(x[:, :T], y[:, :T], x[:, T:], y[:, T:])
 
 @dataclass
@@ -145,12 +144,14 @@ class FewShot(Classification):
     ways: Annotated[int, "classes of an episode", 1] = 5
     shots: Annotated[int, "labelled images of each class", 1] = 1
     queries: Annotated[int, "images asked for their label, of each class; regression: x", 1] = 5
-    turned: Annotated[int, "1: quarter-turns are classes (Omniglot: always in training)", 0, 1] = 0
+    turned: Annotated[int, "Omniglot, 1: quarter-turns are classes not in training alone", 0, 1] = 0
     alphabet: Annotated[int, "Omniglot, 1: one alphabet has all classes of an episode", 0, 1] = 0
 
     def __post_init__(self):
         self.images, names, ids = load_pack(self.data_dir, self.task)
-        if self.task == "omniglot" or self.turned:  # in training quarter-turns are always classes
+        if self.turned and self.task == "cifarfs":
+            raise ValueError("--turned 1: only Omniglot's classes can be turned")
+        if self.task == "omniglot":  # in training quarter-turns are always classes
             self.images = torch.cat([self.images.rot90(k, (-2, -1)) for k in range(4)])
             for split in SPLITS if self.turned else ["train"]:  # k turns make class i + k * all
                 ids[split] = torch.cat([ids[split] + k * len(names) for k in range(4)])
@@ -165,7 +166,7 @@ class FewShot(Classification):
                              f"--shots {self.shots}, --queries {self.queries}: {n_images} images")
         self.n_out, self.chance, self.embedded = self.ways, 1 / self.ways, {}
         self.step_names = ["image"] * self.ways * self.shots
-        self.class_ids, self.n_classes = ids, len(ids["train"]) * (self.task == "cifarfs")  # named
+        self.class_ids, self.n_classes = ids, len(ids["train"]) * (self.task == "cifarfs")
 
     def take(self, split, classes, index, generator):
         """Images `index` of `classes`, both (*) -> (*, channels, size, size); embedded: (*, F)."""
@@ -257,8 +258,7 @@ PACKS = {"cifarfs": ("cifar100.pt", (100, 600, 3, 32, 32)),  # classes, images, 
 
 def load_pack(data_dir, name):
     """Images (classes, images, channels, size, size) uint8, classes' names, rows of each split."""
-    file, shape = PACKS[name]
-    path = Path(data_dir) / file
+    path, shape = Path(data_dir, PACKS[name][0]), PACKS[name][1]
     try:
         if not path.exists():
             print(f"{path} is not there: downloading and packing {name}, once", flush=True)

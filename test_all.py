@@ -882,8 +882,8 @@ def test_training_in_two_processes():
 # ------ 5. Bad input ------
 
 WRONG = """--n-head 3 --d-model 64; --pairs 9 --cues 8 --task cue; --ways 17 --task cifarfs
-    --alphabet 1 --task cifarfs; --shots 6 --queries 15 --task omniglot; --window -1
-    --block-size 31 --delay 40; --steps 0; --steps ten; --lr nan; --lr -1; --eta0 2
+    --alphabet 1 --task cifarfs; --shots 6 --queries 15 --task omniglot; --turned 1 --task cifarfs
+    --window -1; --block-size 31 --delay 40; --steps 0; --steps ten; --lr nan; --lr -1; --eta0 2
     --alpha-init inf; --alpha-init -1; --max-norm -1; --max-norm 0; --rule magic; --fold -1
     --fold 0; --alpha rank2; --ablate all; --vocab-size 3; --n-head 4 --d-model 12 --position rotary
     --min-delay 6 --delay 5; --delay 3 --task cue; --pretrain-steps 5; --nonsense

@@ -135,7 +135,7 @@ def evaluate(model, task, split, n_episodes, batch_size, seed, device):
                 shown=shown, gates=gates)
 
 def pretrain(run, args, task, model, optimizer, generator, device, rank):
-    """Up to update 0, an image encoder learns to tell classes by their nearest prototypes."""
+    """Updates -pretrain_steps to 0: an encoder learns to tell classes by nearest prototypes."""
     alone, began = model.embed.nearest_prototype, time.time() - run["seconds"]
     sizes = (task.n_classes, 1, 1) if task.n_classes else (60, 1, 2)  # ways, shots, queries
     steps = args.pretrain_steps
@@ -144,7 +144,7 @@ def pretrain(run, args, task, model, optimizer, generator, device, rank):
         episodes = task.sample("train", 1, generator, *sizes).to(device)
         answers, classes = alone(episodes)
         loss = task.loss(answers, episodes.target)
-        if classes is not None:  # CIFAR-FS: also to name the class, without shots, helps
+        if classes is not None:  # CIFAR-FS: a layer also names each image's class
             loss += task.loss(classes, torch.cat([episodes.support_y, episodes.target], dim=1))
         loss = update(loss, optimizer, 1e-3 * learning_rate(steps + step, steps)).item()
         run.update(step=step, seconds=time.time() - began, losses=[*run["losses"], loss])
@@ -169,11 +169,11 @@ def train(args, task, model, device, state=None, rank=0, world=1):
         if run["step"] <= 0:
             pretrain(run, args, task, model, optimizer, generator, device, rank)
         model.embed.encoder.requires_grad_(False)
-        for split in "train", "val":
-            task.embed(split, model.embed.encoder.eval(), device)
     began = time.time() - run["seconds"]
     shared = model if world == 1 else nn.parallel.DistributedDataParallel(
         model, find_unused_parameters=args.task == "cifarfs")  # its embed.classes
+    for split in ("train", "val") if args.pretrain_steps else ():
+        task.embed(split, model.embed.encoder.eval(), device)
     watching, above = args.watch and sys.stdout.isatty() and args.rule != "none", ""
     for step in range(run["step"] + 1, args.steps + 1):
         model.train(not args.pretrain_steps)  # a pretrained encoder's batch norm stays, too
