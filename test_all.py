@@ -445,9 +445,10 @@ def test_shifted_images():
 
 def test_embedded_images():
     """The mean of both mirror images' embeddings, of CIFAR-FS alone."""
+    def encoder(images):  # each column's mean
+        return images.double().mean((-3, -2))
     for name, split in product(tasks.PACKS, ("val", "test")):
         task = FewShot(name, fake_packs(), 5, 2, 3)
-        encoder = small_model(task, "none").embed.encoder
         x, y, query_x, target = task.sample("test", 4, random_generator(0, "test"))
         task.embed(split, encoder, "cpu")
         shown, label, asked, right = task.sample("test", 4, random_generator(0, "test"))

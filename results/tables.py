@@ -28,11 +28,13 @@ SPEED = {"copying, 140 updates, 31 steps": "copy-*-w8", "the same, 61 steps": "c
 IMAGES = [("Omniglot, 5-way 1-shot", "omniglot-*"), ("the same, window 1", "omniglot-*-w1"),
           ("classes of one alphabet", "omniglot-*@alphabet"),
           ("quarter-turns as classes", "omniglot-*@turned"),
-          ("20-way 1-shot", "omniglot-*-20way"), ("5-way 1-shot, long run", "omniglot-*-long"),
-          ("20-way 1-shot, long run", "omniglot-*-20way-long"),
+          ("20-way 1-shot", "omniglot-*-20way"),
+          ("Omniglot, long run, 5-way 1-shot", "omniglot-*-long"),
+          ("20-way 1-shot", "omniglot-*-20way-long"),
           ("CIFAR-FS, 5-way 1-shot", "cifarfs-*"), ("the same, window 1", "cifarfs-*-w1"),
-          ("5-way 5-shot", "cifarfs-*-5shot"), ("5-way 1-shot, long run", "cifarfs-*-long"),
-          ("5-way 5-shot, long run", "cifarfs-*-5shot-long")]
+          ("5-way 5-shot", "cifarfs-*-5shot"),
+          ("CIFAR-FS, long run, 5-way 1-shot", "cifarfs-*-long"),
+          ("5-way 5-shot", "cifarfs-*-5shot-long")]
 NO_SETTING = """rule seed device threads block_size eval_interval out_dir data_dir resume overwrite
     watch""".split()
 SCORES = ("seeds", "score", "lesion", "learned")
