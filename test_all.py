@@ -465,6 +465,7 @@ def test_encoder_learns_then_embeds():
         losses.append((out.size(2), target))
         return tasks.Classification.loss(task, out, target)
     def embed(task, split, encoder, device):
+        assert not encoder.training, "each batch would have a norm of its own"
         drawn.append((split, sum(of.sum().item() for of in encoder.state_dict().values())))
         task.embedded[split] = torch.rand(len(task.class_ids[split]), 600, encoder.d_out)
     flags = f"{TINY_IMAGES} --task cifarfs --steps 2 --data-dir {fake_packs()} --out-dir {run}"
