@@ -790,6 +790,20 @@ def test_validation():
     run = trained(f"{argv} 1e-12")
     losses, training = ([row[of] for row in rows_of(run)] for of in ("val_loss", "train_loss"))
     assert max(losses) - min(losses) < 1e-6 and len(set(training)) == 6, "validation was redrawn"
+    run = trained(f"{argv} 1e-12 --eval-interval 3")
+    for row, parts in zip(rows_of(run), (training[:3], training[3:])):
+        assert abs(row["train_loss"] - sum(parts) / 3) < 1e-6, "not the mean since the last line"
+    run = trained(f"{argv} 1e-12 --seed 1 --batch-size 16")
+    _, task, model = train.load_run(run / "ckpt.pt")
+    episodes = task.sample("val", 16, random_generator(1, "val"))
+    loss = task.loss(model.eval()(episodes)[0], episodes.target).item()
+    assert abs(rows_of(run)[-1]["val_loss"] - loss) < 1e-5, "not the episodes of its seed"
+    losses, images = [], f"{TINY_IMAGES} --rule none --steps 1 --data-dir {fake_packs()}"
+    for interval in (1, 2):
+        with mock.patch.object(train, "PRETRAIN_INTERVAL", interval):
+            losses.append([row["train_loss"] for row in rows_of(trained(images))][:-1])
+    (one, other), (mean,) = losses
+    assert one != other and abs((one + other) / 2 - mean) < 1e-6
 
 @mock.patch.object(train, "PRETRAIN_INTERVAL", 1)
 def test_resumed_run_is_the_same():
