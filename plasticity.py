@@ -1,21 +1,47 @@
-"""Fast weights: what a plastic layer reads, what its rule writes, and how much of it.
+"""Fast weights: a memory that a layer writes while it reads a sequence.
 
-An episode is read step by step. A plastic linear layer has slow weights W (out, in) and b (out),
-learned between episodes, and fast weights P_t (out, in) and p_t (out), zero when an episode begins
-and rewritten at every step t from the layer's input x_t and its output y_t:
+An episode is read step by step. A plastic linear layer has slow weights W (out, in)
+and b (out), learned between episodes, and fast weights P_t (out, in) and p_t (out),
+zero when an episode begins. After each step t, the layer writes its input x_t (in)
+and a signal u_t (out) into its fast weights:
 
     read    y_t     = (W + P_t) x_t + (b + p_t)
-    write   P_{t+1} = (1 - eta_t) P_t + eta_t * alpha ∘ D_t
-            p_{t+1} = (1 - eta_t) p_t + eta_t * beta ∘ d_t
+    write   P_{t+1} = (1 - eta_t) P_t + eta_t * alpha ∘ u_t x_tᵀ
+            p_{t+1} = (1 - eta_t) p_t + eta_t * beta ∘ u_t
 
-    hebbian     D_t =  y_t x_tᵀ    d_t =  y_t    post times pre
-    gradient    D_t = -g_t x_tᵀ    d_t = -g_t    g_t = dL_t/dy_t, of the model's internal loss L_t
+alpha and beta are learned: how plastic each connection is. The rule chooses u_t:
 
-Both write u_t x_tᵀ, a signal u_t at the output (`post`) times the input x_t (`pre`). Nothing is
-detached: the outer loss is differentiated through reads, writes, eta_t and g_t.
+    hebbian     u_t =  y_t                      output times input, "post times pre"
+    gradient    u_t = -g_t,  g_t = dL_t/dy_t    a step down an internal loss L_t
 
-Sources: Chaudhary 2025 (arXiv 2510.21908); Duan et al. 2023 (arXiv 2302.03235); Miconi et al. 2018
-and 2019, for plasticity by connection and for neuromodulation.
+eta_t, the strength of a write, is one number per step and episode. It follows the
+neuromodulator m_t, one more output of the model, and n_t, the norm of u_t x_tᵀ over
+all layers:
+
+    eta_t = eta_0 * sigmoid(m_t) * min(1, max_norm / n_t)
+
+**A read is attention over past writes.** What later writes leave of the write at a step
+s < t has the weight c_ts = eta_s (1 - eta_{s+1}) ... (1 - eta_{t-1}). So
+
+    P_t x = sum over s < t of c_ts u_s ∘ (alpha (x_s ∘ x))
+
+The query x meets each earlier input x_s as a key, whose value is the signal u_s. alpha
+weighs each connection. No attention window ends this sum.
+
+**An example by numbers**: the Hebbian rule, W = I, b = 0, beta = 0, alpha = 80,
+max_norm = 1, eta_0 = 0.02 and m_t = 0, so that eta_t = 0.02 * sigmoid(0) = 0.01.
+
+    read (1, 0)   y = (1, 0) and n_t = 1; write P = 0.01 * 80 * y xᵀ = [[0.8, 0], [0, 0]]
+    read (1, 0)   y = (1.8, 0): this input is known, so the answer is louder
+    read (0, 1)   y = (0, 1): this input is new, so the answer is unchanged
+
+**Why the internal loss needs no label.** L_t = mean((w_out ∘ z_t)²) pulls the outputs
+z_t of the model to zero, which is no goal in itself. But the outer loss knows the
+answers, and is differentiated through all reads, writes, eta_t and g_t. So training
+shapes w_out and the head until a step down L_t writes what a later answer needs.
+
+Sources: Chaudhary 2025 (arXiv 2510.21908); Duan et al. 2023 (arXiv 2302.03235);
+Miconi et al. 2018, 2019 (plasticity per connection, neuromodulation).
 """
 from collections import defaultdict
 
@@ -23,198 +49,170 @@ import torch
 from torch import nn
 
 class PlasticLinear(nn.Linear):
-    """Slow weights W (out, in), b (out) and the plasticity of each, alpha (out, in), beta (out)."""
+    """Slow weights W (out, in), b (out), and plasticity alpha (out, in), beta (out).
 
-    def __init__(self, d_in, d_out, alpha_init=1.0):  # where alpha and beta start; None: neither
+    alpha and beta start at `alpha_init`. Where that is None, the layer is not plastic.
+    """
+    def __init__(self, d_in, d_out, alpha_init=1.0):
         super().__init__(d_in, d_out)
-        if alpha_init is not None:
+        self.plastic = alpha_init is not None
+        if self.plastic:
             self.alpha = nn.Parameter(torch.full((d_out, d_in), float(alpha_init)))
             self.beta = nn.Parameter(torch.full((d_out,), float(alpha_init)))
 
     def forward(self, x, fast=None):
-        """x (B, T, in) -> y (B, T, out). Without `fast`, or without alpha, P_t and p_t are zero."""
-        return fast.read(self, x) if fast and hasattr(self, "alpha") else super().forward(x)
+        """x (B, T, in) -> y (B, T, out), read with the FastWeights `fast`, if any."""
+        if fast is None or not self.plastic:
+            return super().forward(x)  # W x + b
+        return fast.read(self, x)
 
 class Plasticity(nn.Module):
-    """What makes a rule: the signal u_t that it writes, and eta_t, how much of it.
+    """A rule: the signal u_t that is written, and eta_t, the strength of the write.
 
-    The head's whole output z_t (B, 1, Z) is the task's `n_out` numbers, the neuromodulator m_t and,
-    for the gradient rule, `aux_dim` auxiliary numbers. For the settings see model.Config.
+    The model's head has Z = `n_outputs` outputs z_t: `n_out` for the answer, one for the
+    neuromodulator m_t and, for the gradient rule, `aux_dim` auxiliary ones that only L_t
+    uses. model.Config says what the settings mean.
     """
-
     def __init__(self, rule, n_out, eta0=0.02, max_norm=1.0, aux_dim=4, ablate="none"):
         super().__init__()
-        self.rule, self.n_out, self.ablate = rule, n_out, ablate
-        self.eta0, self.max_norm = eta0, max_norm
-        self.n_head = n_out + (rule != "none") + aux_dim * (rule == "gradient")  # Z
+        self.rule = rule
+        self.n_out = n_out
+        self.eta0 = eta0
+        self.max_norm = max_norm
+        self.ablate = ablate
+        self.n_outputs = n_out
+        if rule != "none":
+            self.n_outputs += 1  # m_t
         if rule == "gradient":
-            self.w_out = nn.Parameter(torch.ones(self.n_head), ablate != "backward")  # (Z)
+            self.n_outputs += aux_dim
+            self.w_out = nn.Parameter(torch.ones(self.n_outputs))  # (Z)
+            self.w_out.requires_grad_(ablate != "backward")
 
-    def post_signal(self, z, now, learning=True):
-        """u_t (B, 1, out) of each layer, from z_t (B, 1, Z) and now, {layer: (x_t, y_t)}."""
-        ys = [y for x, y in now.values()]
+    def signals(self, z, x, y, learning=True):
+        """{layer: u_t (B, 1, out)}, from z_t (B, 1, Z), {layer: x_t} and {layer: y_t}."""
         if self.rule == "hebbian":
-            return ys  # u_t = y_t
+            # u_t = y_t
+            return y
         if self.rule == "gradient":
-            # L_t = mean((w_out ∘ z_t)²), one a sequence; their sum has the gradient of each
+            # L_t = mean((w_out ∘ z_t)²), summed over the episodes: each has its gradient
             L = (self.w_out * z).square().mean(-1).sum()
-            # u_t = -g_t, g_t = dL_t/dy_t
-            return torch.autograd.grad(-L, ys, create_graph=learning, retain_graph=True)
+            # u_t = -g_t,  g_t = dL_t/dy_t
+            u = torch.autograd.grad(-L, [*y.values()], create_graph=learning, retain_graph=True)
+            return dict(zip(y, u))
 
     def eta(self, z, norm):
-        """eta_t (B, 1, 1) from z_t (B, 1, Z) and norm = ||D_t|| (B, 1, 1)."""
-        m = z[:, :, self.n_out:self.n_out + 1]  # (B, 1, 1)
-        gate = torch.ones_like(m) if self.ablate == "eta" else torch.sigmoid(m)
-        # eta_t = eta_0 * sigmoid(m_t) * min(1, max_norm / ||D_t||)
+        """eta_t (B, 1, 1), from z_t (B, 1, Z) and n_t (B, 1, 1)."""
+        gate = torch.sigmoid(z[:, :, self.n_out:self.n_out + 1])  # sigmoid(m_t), (B, 1, 1)
+        if self.ablate == "eta":
+            gate = torch.ones_like(gate)
+        # eta_t = eta_0 * sigmoid(m_t) * min(1, max_norm / n_t)
         return self.eta0 * gate * (self.max_norm / norm).clamp(max=1)
 
 class FastWeights:
-    """The fast weights of every plastic layer over a batch of B episodes, as the equations say.
+    """The fast weights of all plastic layers over B episodes, as the equations say.
 
-    Every layer reads once a step, then write() ends the step and notes eta_t and ||D_t||, and where
-    it is not learning also `change`: eta_t ||alpha ∘ D_t||, how much it adds to the weights.
+    Each plastic layer reads once per step; then write() ends the step. Every write adds
+    (B, 1) to the lists `eta` (eta_t), `norm` (n_t) and, outside training, `change`: how
+    much it adds to the weights of all layers, ||eta_t alpha ∘ u_t x_tᵀ||.
     """
-
-    def __init__(self, plasticity, fold=None):
-        self.plasticity, self.fold = plasticity, fold
-        # does the outer gradient pass through what is written? else it is a constant
+    def __init__(self, plasticity):
+        self.plasticity = plasticity
+        # Does the outer loss reach the writes? If not, they are constants.
         self.learning = torch.is_grad_enabled() and plasticity.ablate != "backward"
         self.P = defaultdict(float)  # layer: P_t, at first 0, then (B, out, in)
         self.p = defaultdict(float)  # layer: p_t, at first 0, then (B, 1, out)
-        self.now = {}  # layer: x_t (B, 1, in) and y_t (B, 1, out) of the present step
-        self.eta, self.norm, self.change = [], [], []  # (B, 1) a step
+        self.x = {}  # layer: x_t (B, 1, in) of the present step
+        self.y = {}  # layer: y_t (B, 1, out) of the present step
+        self.eta = []
+        self.norm = []
+        self.change = []
 
     def read(self, layer, x):
-        """x (B, T, in) -> y (B, T, out), of one step of the context or of T queries."""
+        """x (B, T, in) -> y (B, T, out): one step of the context, or T queries."""
         # y_t = (W + P_t) x_t + (b + p_t)
         y = x @ (layer.weight + self.P[layer]).mT + (layer.bias + self.p[layer])
-        self.now[layer] = x, y
+        self.x[layer] = x
+        self.y[layer] = y
         return y
 
     def write(self, z):
-        """End the present step, whose head said z_t (B, 1, Z)."""
-        pre = [x for x, y in self.now.values()]  # x_t of each layer
-        post = self.plasticity.post_signal(z, self.now, self.learning)  # u_t of each layer
-        # ||D_t||² = sum over the layers of ||u_t x_tᵀ||_F², and ||u xᵀ||_F = |u| |x|
-        norms = [u.norm(dim=-1) * x.norm(dim=-1) for x, u in zip(pre, post)]  # (B, 1) each
+        """End the present step, at which the model's head gave z_t (B, 1, Z)."""
+        u = self.plasticity.signals(z, self.x, self.y, self.learning)
+        # n_t² = sum over the layers of ||u_t x_tᵀ||², and ||u xᵀ|| = |u| |x|
+        norms = [u[layer].norm(dim=-1) * x.norm(dim=-1) for layer, x in self.x.items()]
         norm = torch.stack(norms, -1).norm(dim=-1, keepdim=True).clamp(min=1e-15)  # (B, 1, 1)
         eta = self.plasticity.eta(z, norm)  # (B, 1, 1)
+
         self.eta.append(eta.detach().flatten(1))
         self.norm.append(norm.detach().flatten(1))
         if not self.learning:
-            # ||alpha ∘ u xᵀ||_F² = (u ∘ u)ᵀ (alpha ∘ alpha) (x ∘ x)
-            squares = [(u.square() @ layer.alpha.square() * x.square()).sum(-1)
-                       for layer, x, u in zip(self.now, pre, post)]  # (B, 1) each
+            # ||alpha ∘ u xᵀ||² = (u ∘ u)ᵀ (alpha ∘ alpha) (x ∘ x) of each layer, (B, 1)
+            squares = [(u[layer]**2 @ layer.alpha**2 * x**2).sum(-1)
+                       for layer, x in self.x.items()]
             self.change.append((eta.flatten(1) * sum(squares).sqrt()).detach())
         with torch.set_grad_enabled(self.learning):
-            self.store(eta, zip(self.now, pre, post))
+            self.store(eta, u)
 
-    def store(self, eta, writes):
-        """Write, for each (layer, x_t, u_t), u_t (B, 1, out) times x_t (B, 1, in)."""
-        for layer, x, u in writes:
+    def store(self, eta, u):
+        """Write u_t (B, 1, out) times x_t (B, 1, in) into every layer."""
+        for layer, x in self.x.items():
             # P_{t+1} = (1 - eta_t) P_t + eta_t * alpha ∘ u_t x_tᵀ
-            self.P[layer] = (1 - eta) * self.P[layer] + eta * layer.alpha * (u.mT @ x)
+            self.P[layer] = (1 - eta) * self.P[layer] + eta * layer.alpha * (u[layer].mT @ x)
             # p_{t+1} = (1 - eta_t) p_t + eta_t * beta ∘ u_t
-            self.p[layer] = (1 - eta) * self.p[layer] + eta * layer.beta * u
+            self.p[layer] = (1 - eta) * self.p[layer] + eta * layer.beta * u[layer]
 
-# ------ You know the idea and can stop here. What follows gives the same numbers, faster. ------
+# ------ You know the idea and can stop here. What follows is the same, faster. ------
 class UnrolledFastWeights(FastWeights):
-    """The same fast weights without a matrix, as a weighted sum over the past writes s < t:
+    """The same fast weights as a sum over past writes, so that no step builds a matrix:
 
-        P_t = alpha ∘ sum_s c_ts u_s x_sᵀ      c_ts = eta_s (1 - eta_{s+1}) ... (1 - eta_{t-1})
+        P_t = alpha ∘ (sum over s < t of c_ts u_s x_sᵀ)
 
-    A step costs more with every term, so after `fold` writes, at a step t0, they become the matrix
-    P_t0, which then decays by (1 - eta_t0) ... (1 - eta_{t-1}), and the sum is over s >= t0.
+    A read takes longer with every term. So after every `fold` writes, at a step t0, all
+    terms are added up to P_t0. It fades by decay_t = (1 - eta_t0) ... (1 - eta_{t-1}),
+    and the sum starts anew at s = t0.
     """
 
-    def __init__(self, plasticity, fold=32):
-        super().__init__(plasticity, fold)
-        self.decay, self.c = 1.0, None  # of P_t0 (B, 1, 1); c_ts (B, S, 1) of the S writes since
-        self.pre, self.post = {}, {}  # layer: x_s (B, S, in) and u_s (B, S, out) of these
+    fold = 32  # changes the speed, not the numbers
+
+    def __init__(self, plasticity):
+        super().__init__(plasticity)
+        self.start_sum()
+
+    def start_sum(self):
+        self.decay = 1.0  # decay_t, at first 1, then (B, 1, 1)
+        self.c = None  # c_ts (B, S, 1) of the S writes since t0
+        self.past_x = {}  # layer: their x_s (B, S, in)
+        self.past_u = {}  # layer: their u_s (B, S, out)
 
     def read(self, layer, x):
-        if x.size(1) > 1:  # queries, which all read the same P_t
+        if x.size(1) > 1:  # One matrix serves all queries.
             self.fold_terms()
         y = layer(x) + self.p[layer]  # W x + b + p_t, (B, T, out)
         if layer in self.P:
-            y = y + self.decay * self.P[layer].times(x)  # (1 - eta_t0) ... (1 - eta_{t-1}) P_t0 x
-        if layer in self.pre:
-            # sum_s c_ts u_s ∘ (alpha (x_s ∘ x)): attention with a weight for each connection
-            match = (self.pre[layer] * x) @ layer.alpha.mT  # (B, S, out)
-            y = y + torch.bmm(self.c.mT, self.post[layer] * match)
-        self.now[layer] = x, y
+            y = y + self.decay * (x @ self.P[layer].mT)
+        if layer in self.past_x:
+            # sum_s c_ts u_s ∘ (alpha (x_s ∘ x))
+            match = (self.past_x[layer] * x) @ layer.alpha.mT  # (B, S, out)
+            y = y + self.c.mT @ (self.past_u[layer] * match)
+        self.x[layer] = x
+        self.y[layer] = y
         return y
 
-    def store(self, eta, writes):
-        c = self.c if self.pre else eta[:, :0]  # (B, S, 1)
-        # P_{t+1} = (1 - eta_t) P_t + eta_t * alpha ∘ u_t x_tᵀ: the terms decay, and one joins,
-        # c_{t+1,s} = (1 - eta_t) c_ts and c_{t+1,t} = eta_t
-        self.c = torch.cat([(1 - eta) * c, eta], dim=1)
+    def store(self, eta, u):
+        # The terms fade: c_{t+1,s} = (1 - eta_t) c_ts. One joins: c_{t+1,t} = eta_t.
         self.decay = (1 - eta) * self.decay
-        for layer, x, u in writes:
-            self.pre[layer] = torch.cat([self.pre.get(layer, x[:, :0]), x], dim=1)
-            self.post[layer] = torch.cat([self.post.get(layer, u[:, :0]), u], dim=1)
-            self.p[layer] = (1 - eta) * self.p[layer] + eta * layer.beta * u
+        self.c = eta if self.c is None else torch.cat([(1 - eta) * self.c, eta], dim=1)
+        for layer, x in self.x.items():
+            past_x = self.past_x.get(layer, x[:, :0])  # (B, S, in), at first S = 0
+            past_u = self.past_u.get(layer, u[layer][:, :0])  # (B, S, out)
+            self.past_x[layer] = torch.cat([past_x, x], dim=1)
+            self.past_u[layer] = torch.cat([past_u, u[layer]], dim=1)
+            self.p[layer] = (1 - eta) * self.p[layer] + eta * layer.beta * u[layer]
         if self.c.size(1) == self.fold:
             self.fold_terms()
 
     def fold_terms(self):
-        for layer, pre in self.pre.items():
-            P = layer.alpha * ((self.c * self.post[layer]).mT @ pre)  # (B, out, in)
-            if layer in self.P:
-                P = P + self.decay * self.P[layer].matrix
-            self.P[layer] = SharedMatrix(P, self.fold)
-        self.pre, self.post, self.decay = {}, {}, 1.0
-
-# ------ Fenced off: times(x) equals x @ M.mT, fast where more than --fold steps were folded. ------
-class SharedMatrix:
-    """A matrix M (B, out, in) that the next n steps multiply, one vector each: times(x) = x Mᵀ.
-
-    Autograd would form each step's dM, as large as M, and add them up. Here each product has a
-    slot, a zero whose gradient is dy_t; when all have theirs, dM = sum_t dy_tᵀ x_t is one product.
-    The gradient rule differentiates dx_t = dy_t M once more: this use of M has slots, too.
-    """
-
-    def __init__(self, matrix, n):
-        self.matrix, self.vectors = matrix, {False: [], True: []}  # what was multiplied, by `back`
-        if matrix.requires_grad:
-            slots = SharedSlots.apply(matrix, self.vectors, n)
-            self.slots = {False: slots[:n], True: slots[n:]}
-
-    def times(self, x, back=False):
-        """x (B, T, in) -> x Mᵀ (B, T, out), or if `back` x (B, T, out) -> x M (B, T, in)."""
-        M = self.matrix if back else self.matrix.mT
-        if x.size(1) > 1 or not (M.requires_grad and torch.is_grad_enabled()):
-            return x @ M  # queries, or a product that nobody will differentiate
-        slot = self.slots[back][len(self.vectors[back])]
-        self.vectors[back].append(x.detach())
-        return SharedProduct.apply(x, slot, self, back)
-
-class SharedProduct(torch.autograd.Function):
-    """One product of a SharedMatrix; the gradient for M goes to the slot."""
-
-    @staticmethod
-    def forward(ctx, x, slot, shared, back):
-        ctx.shared, ctx.back = shared, back
-        return shared.times(x, back)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return ctx.shared.times(dy, not ctx.back), dy, None, None
-
-class SharedSlots(torch.autograd.Function):
-    """M (B, out, in) -> n slots (B, 1, out) for x Mᵀ, then n slots (B, 1, in) for dy M."""
-
-    @staticmethod
-    def forward(ctx, M, vectors, n):
-        ctx.set_materialize_grads(False)  # a slot that nobody used has None
-        ctx.vectors, ctx.n = vectors, n
-        zero, (B, d_out, d_in) = M.new_zeros(()), M.shape
-        return tuple(zero.expand(B, 1, size) for size in [d_out] * n + [d_in] * n)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        pairs = [*zip(grads[:ctx.n], ctx.vectors[False]), *zip(ctx.vectors[True], grads[ctx.n:])]
-        used = [(dy, x) for dy, x in pairs if dy is not None and x is not None]
-        dy, x = (torch.cat(side, dim=1) for side in zip(*used))  # (B, n, out), (B, n, in)
-        return dy.mT @ x, None, None  # dM = sum_t dy_tᵀ x_t
+        for layer, x in self.past_x.items():
+            terms = layer.alpha * ((self.c * self.past_u[layer]).mT @ x)  # (B, out, in)
+            self.P[layer] = self.decay * self.P[layer] + terms
+        self.start_sum()

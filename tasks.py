@@ -1,300 +1,348 @@
-"""The five tasks of arXiv 2510.21908, each a source of batches of episodes.
+"""The five tasks of arXiv 2510.21908, each a source of episodes.
 
-A task draws B episodes of a split by `sample(split, batch_size, generator)`, has a `loss(out,
-target)` to train on and a `score(out, target)` of each answer. It says of itself
-    kind         token, vector, image: with vocab_size, n_features, or image_shape and n_classes
-    n_out        numbers in an answer; metric, perfect: what its score is called, and the best
-    step_names   what each step of its context is; chance: the score of guessing
-Its fields are sizes; `shown(episodes)`, if it has that: which step showed what is asked, (B, L)."""
+An episode shows a context step by step, then asks. A task is a dataclass of its sizes.
+Its sample(split, batch_size, generator) draws episodes. Its loss(out, target) trains a
+model, answer(out, target) reads the outputs, score(out, target) measures each answer.
+
+    kind         "token", "vector" or "image": how model.Embed shows it to a model
+    n_out        outputs per answer
+    step_names   what each step of the context is
+    metric       name of the score; `chance` is that of guessing, `perfect` the best
+"""
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-SPLITS = ("train", "val", "test")  # apart in random numbers; copy: in sequences, images: in classes
+from model import setting
+
+# Each split has its own random numbers, and its own sequences (copying) or classes.
+SPLITS = ("train", "val", "test")
 
 class Episodes(NamedTuple):
-    """B episodes: (x, y) pairs, then x of queries. In copy support_x is all that is shown."""
-    support_x: torch.Tensor  # (B, T) tokens, (B, T, F) or images (B, T, channels, size, size)
-    support_y: torch.Tensor  # (B, T, 1) values, or (B, T) labels of images; None in copy
-    query_x: torch.Tensor  # (B, Q, F) or (B, Q, channels, size, size) uint8; None in copy
-    target: torch.Tensor  # (B, L) tokens of the last L steps, (B, Q, 1) values or (B, Q) labels
+    """B episodes: pairs of x and y, then queries. Copying shows support_x alone."""
+    support_x: torch.Tensor  # (B, T) tokens, (B, T, E) features or (B, T, ...) images
+    support_y: torch.Tensor  # (B, T, 1) values or (B, T) labels; None in copying
+    query_x: torch.Tensor  # (B, Q, E) or (B, Q, ...); None in copying
+    target: torch.Tensor  # (B, Q, 1) values, (B, Q) labels or (B, L) last tokens
 
-    def to(self, device, rank=0, world=1):  # of `world` processes, the share of this one
-        return Episodes(*(None if t is None else t[rank::world].to(device) for t in self))
+    def to(self, device, rank=0, world=1):  # of `world` processes, the share of one
+        return Episodes(*(x if x is None else x[rank::world].to(device) for x in self))
 
 def random_generator(seed, split):
-    """A generator for each seed and split: training never draws a test episode's numbers."""
+    """A generator per seed and split: no split draws another one's random numbers."""
     return torch.Generator().manual_seed(len(SPLITS) * seed + SPLITS.index(split))
 
-def shuffle(generator, *tensors):
-    """Tensors (B, N, ...) -> the same with each row's N in a random order, one for all tensors."""
-    order = torch.rand(tensors[0].shape[:2], generator=generator).argsort(dim=1)  # (B, N)
-    return [of[torch.arange(len(of))[:, None], order] for of in tensors]
-
 class Classification:
-    """Cross entropy and accuracy of the last L answers: out (B, >= L, n_out), target (B, L)."""
-    metric, perfect = "accuracy", 1.0
+    """The last L outputs answer: out (B, >= L, n_out), target (B, L)."""
+    metric = "accuracy"
+    perfect = 1.0
 
     def loss(self, out, target):
-        return F.cross_entropy(out[:, -target.size(1):].flatten(0, 1), target.flatten())
+        out = out[:, -target.size(1):]  # (B, L, n_out)
+        return F.cross_entropy(out.flatten(0, 1), target.flatten())
 
-    def score(self, out, target):  # (B, L), on the CPU, as MPS has no double precision
-        return (out[:, -target.size(1):].argmax(-1) == target).cpu().double()
+    def answer(self, out, target):
+        return out[:, -target.size(1):].argmax(-1)  # (B, L)
+
+    def score(self, out, target):
+        return (self.answer(out, target) == target).double()  # (B, L)
 
 class SquaredError:
-    """Mean squared error of the answers: out (B, Q, 1), target (B, Q, 1)."""
-    metric, perfect, kind, n_out, constant = "mse", 0.0, "vector", 1, 1.0
+    """Every output answers a query: out (B, Q, 1), target (B, Q, 1)."""
+    kind = "vector"
+    n_out = 1
+    metric = "mse"
+    perfect = 0.0
+    constant = 1.0  # how loud a constant is beside the features, see model.Embed
 
     def loss(self, out, target):
         return F.mse_loss(out, target)
 
-    def score(self, out, target):  # (B, Q)
-        return (out - target).cpu().double().square().squeeze(2)
+    def answer(self, out, target):
+        return out  # (B, Q, 1)
+
+    def score(self, out, target):
+        return (out - target).double().square().squeeze(2)  # (B, Q)
 
 @dataclass
 class Copy(Classification):
-    """Tokens of 1..V-2, `delay` blanks (0), a delimiter (V-1), a blank to recall each token at."""
+    """Tokens, then blanks (0), then a delimiter (V - 1), after which to recall them.
+
+    step    0 1 2 3 4 | 5 .. 24 | 25 | 26 27 28 29 30
+    shown   4 8 3 2 1 | 0 ..  0 |  9 |  0  0  0  0  0
+    asked             |         |    |  4  8  3  2  1
+
+    An item is recalled after 26 steps; two layers with a window of 8 reach back 14.
+    """
     kind = "token"
-    seq_len: Annotated[int, "tokens to remember", 2] = 5
-    delay: Annotated[int, "blanks before the delimiter", 0] = 20
-    vocab_size: Annotated[int, "tokens there are, blank and delimiter included", 5] = 10
-    min_delay: Annotated[int, "train on delays from this to --delay, not on that alone", 0] = None
-    distractors: Annotated[int, "1: random tokens instead of the blanks", 0, 1] = 0
+    seq_len: int = setting(5, "tokens to remember", 2)
+    delay: int = setting(20, "blanks before the delimiter", 0)
+    vocab_size: int = setting(10, "tokens, blank and delimiter included", 5)
 
     def __post_init__(self):
-        if self.min_delay is not None and self.min_delay > self.delay:
-            raise ValueError(f"--min-delay {self.min_delay} is more than --delay {self.delay}")
-        n, self.n_out, self.chance = self.seq_len, self.vocab_size, 1 / (self.vocab_size - 2)
-        self.step_names = ["item"] * n + ["blank"] * self.delay + ["delimiter"] + ["recall"] * n
+        self.n_out = self.vocab_size
+        self.chance = 1 / (self.vocab_size - 2)
+        self.step_names = ["item"] * self.seq_len + ["blank"] * self.delay
+        self.step_names += ["delimiter"] + ["recall"] * self.seq_len
 
     def sample(self, split, batch_size, generator):
-        B, L, V, delay = batch_size, self.seq_len, self.vocab_size, self.delay
-        items, wrong = torch.zeros(B, L, dtype=torch.long), torch.ones(B, dtype=torch.bool)
+        L = self.seq_len
+        V = self.vocab_size
+        split_of_sum = torch.tensor([0, 0, 0, 1, 2])  # of the items' sum modulo 5
+        items = torch.zeros(batch_size, L, dtype=torch.long)  # (B, L)
+        wrong = torch.ones(batch_size, dtype=torch.bool)  # (B): of another split
         while wrong.any():
             items[wrong] = torch.randint(1, V - 1, (wrong.sum(), L), generator=generator)
-            # a sequence's sum modulo 5 says its split: 0, 1 and 2 train, 3 validates, 4 tests
-            wrong = (items.sum(1) % 5 - 2).clamp(min=0) != SPLITS.index(split)  # (B)
-        if split == "train" and self.min_delay is not None and self.min_delay < delay:
-            delay = torch.randint(self.min_delay, delay + 1, (), generator=generator).item()
-        context = F.pad(items, (0, delay + 1 + L))  # (B, T)
-        if self.distractors:
-            context[:, L:L + delay] = torch.randint(1, V - 1, (B, delay), generator=generator)
-        context[:, L + delay] = V - 1
-        return Episodes(context, None, None, items)
+            wrong = split_of_sum[items.sum(1) % 5] != SPLITS.index(split)
 
-    def shown(self, episodes):
-        return torch.arange(self.seq_len).expand_as(episodes.target)
+        context = F.pad(items, (0, self.delay + 1 + L))  # (B, T)
+        context[:, L + self.delay] = V - 1
+        return Episodes(context, None, None, items)
 
 @dataclass
 class Cue(SquaredError):
-    """Pairs of a one-hot cue and a reward in [0, 1]; then each cue again, in random order."""
-    pairs: Annotated[int, "pairs of a cue and its reward", 1] = 8
-    cues: Annotated[int, "cues there are", 1] = 20
-    noise: Annotated[int, "pairs among them that nobody asks for, as one more feature says", 0] = 0
+    """Pairs of a one-hot cue and a reward in [0, 1]; then all cues, in random order.
+
+    step      0     1    ..   7    | queries
+    cue      13     4    ..  19    |   4    19   ..   13
+    reward  0.31  0.84   .. 0.07   |   ?     ?   ..    ?
+    asked                          | 0.84  0.07  ..  0.31
+
+    With `noise`, other pairs come among these; one more feature marks those that count.
+    """
+    pairs: int = setting(8, "pairs of a cue and its reward", 1)
+    cues: int = setting(20, "different cues", 1)
+    noise: int = setting(0, "pairs of random cues that nobody asks for", 0)
 
     def __post_init__(self):
         if self.pairs > self.cues:
-            raise ValueError(f"--pairs {self.pairs} is more than the --cues {self.cues} there are")
-        self.n_features, self.chance = self.cues + (self.noise > 0), 1 / 12
+            raise ValueError(f"--pairs {self.pairs} is over --cues {self.cues}")
+        self.n_features = self.cues + 1 if self.noise else self.cues
+        self.chance = 1 / 12
         self.step_names = ["pair"] * (self.pairs + self.noise)
 
     def sample(self, split, batch_size, generator):
-        B, N, T = batch_size, self.pairs, self.pairs + self.noise
-        cues = torch.rand(B, self.cues, generator=generator).argsort(dim=1)[:, :N]  # all different
-        noise = torch.randint(self.cues, (B, self.noise), generator=generator)
-        reward = torch.rand(B, T, 1, generator=generator)
-        x = torch.eye(self.cues, self.n_features)[torch.cat([cues, noise], dim=1)]  # (B, T, F)
-        x[:, :N, self.cues:] = 1.0  # the feature more that there is with noise
-        query_x, target = shuffle(generator, x[:, :N], reward[:, :N])  # (B, N, F), (B, N, 1)
+        N = self.pairs
+        cues = torch.rand(batch_size, self.cues, generator=generator).argsort(dim=1)
+        noise = torch.randint(self.cues, (batch_size, self.noise), generator=generator)
+        cues = torch.cat([cues[:, :N], noise], dim=1)  # (B, T)
+        reward = torch.rand(*cues.shape, 1, generator=generator)  # (B, T, 1)
+
+        x = torch.eye(self.cues, self.n_features)[cues]  # (B, T, E)
+        x[:, :N, self.cues:] = 1.0  # marks the pairs that count, if there is noise
+        query_x, target = shuffle(generator, x[:, :N], reward[:, :N])  # (B, N, ...)
         if self.noise:
             x, reward = shuffle(generator, x, reward)
         return Episodes(x, reward, query_x, target)
 
-    def shown(self, episodes):
-        return (episodes.query_x @ episodes.support_x.mT).argmax(-1)
+    def asked_steps(self, episodes):  # which step showed the pair that is asked for
+        return (episodes.query_x @ episodes.support_x.mT).argmax(-1)  # (B, Q)
 
 @dataclass
 class Regression(SquaredError):
-    """y = w·x + b with w, b and x ~ N(0, 1), w and b new in each episode."""
-    dim: Annotated[int, "inputs", 1] = 3
-    support: Annotated[int, "pairs of x and y shown", 1] = 10
-    queries: Annotated[int, "x asked for their y", 1] = 10
+    """y = w·x + b with new w and b in every episode. w, b and x are drawn from N(0, 1).
+
+    step     0    1   ..   9   | queries
+    x       x_0  x_1  ..  x_9  |  x_10  x_11  ..
+    y       y_0  y_1  ..  y_9  |    ?     ?   ..
+    asked                      |  y_10  y_11  ..
+    """
+    dim: int = setting(3, "inputs", 1)
+    support: int = setting(10, "pairs of x and y shown", 1)
+    queries: int = setting(10, "x (per class: images) that are asked for", 1)
+    constant = 4.0
 
     def __post_init__(self):
-        self.n_features, self.chance, self.constant = self.dim, self.dim + 1.0, 4.0
+        self.n_features = self.dim
+        self.chance = self.dim + 1.0  # the mean of y²: the error of answering 0
         self.step_names = ["pair"] * self.support
 
     def sample(self, split, batch_size, generator):
-        B, T = batch_size, self.support
-        x = torch.randn(B, T + self.queries, self.dim, generator=generator)  # (B, T + Q, dim)
-        w = torch.randn(B, self.dim, 1, generator=generator)
-        y = x @ w + torch.randn(B, 1, 1, generator=generator)  # + b, (B, T + Q, 1)
+        T = self.support
+        x = torch.randn(batch_size, T + self.queries, self.dim, generator=generator)
+        w = torch.randn(batch_size, self.dim, 1, generator=generator)
+        b = torch.randn(batch_size, 1, 1, generator=generator)
+        y = x @ w + b  # (B, T + Q, 1)
         return Episodes(x[:, :T], y[:, :T], x[:, T:], y[:, T:])
 
 @dataclass
 class FewShot(Classification):
-    """`shots` labelled images of each of `ways` classes, then others, whose labels are asked."""
+    """`shots` images of each of `ways` classes with labels; then others, without.
+
+    step      0     1     2     3     4  | queries
+    image    fox   bed  rose   cup  baby |  bed'   fox'  ..
+    label     2     0     1     4     3  |    ?      ?   ..
+    asked                                |    0      2   ..
+
+    Splits have different classes. In every episode, classes get new labels.
+    """
     kind = "image"
-    task: str  # cifarfs or omniglot
+    task: str  # "cifarfs" or "omniglot"
     data_dir: str
-    ways: Annotated[int, "classes of an episode", 1] = 5
-    shots: Annotated[int, "labelled images of each class", 1] = 1
-    queries: Annotated[int, "images asked for their label, of each class; regression: x", 1] = 5
-    turned: Annotated[int, "Omniglot, 1: quarter-turns are classes not in training alone", 0, 1] = 0
-    alphabet: Annotated[int, "Omniglot, 1: one alphabet has all classes of an episode", 0, 1] = 0
+    ways: int = setting(5, "classes per episode", 1)
+    shots: int = setting(1, "labelled images per class", 1)
+    queries: int = setting(5, "images asked for their label, per class", 1)
 
     def __post_init__(self):
-        self.images, names, ids = load_pack(self.data_dir, self.task)
-        if self.turned and self.task == "cifarfs":
-            raise ValueError("--turned 1: only Omniglot's classes can be turned")
-        if self.task == "omniglot":  # in training quarter-turns are always classes
-            self.images = torch.cat([self.images.rot90(k, (-2, -1)) for k in range(4)])
-            for split in SPLITS if self.turned else ["train"]:  # k turns make class i + k * all
-                ids[split] = torch.cat([ids[split] + k * len(names) for k in range(4)])
-        n_images, self.image_shape = self.images.size(1), self.images.shape[2:4]  # channels, size
-        # an episode's classes are those of one group: of an alphabet, or of all
-        names = [name.split("/")[0] * self.alphabet for name in names] * 4
-        groups = torch.tensor([names.index(name) for name in names])  # of each class
-        self.group = {split: groups[of] for split, of in ids.items()}
-        fewest = min(of.unique(return_counts=True)[1].min() for of in self.group.values())
-        if self.ways > fewest or self.shots + self.queries > n_images:
-            raise ValueError(f"--ways {self.ways}, --alphabet {self.alphabet}: {fewest} classes; "
-                             f"--shots {self.shots}, --queries {self.queries}: {n_images} images")
-        self.n_out, self.chance, self.embedded = self.ways, 1 / self.ways, {}
-        self.step_names = ["image"] * self.ways * self.shots
-        self.class_ids, self.n_classes = ids, len(ids["train"]) * (self.task == "cifarfs")
+        self.images, self.class_ids = load_pack(self.data_dir, self.task)
+        n_images = self.images.size(1)
+        n_classes = min(len(ids) for ids in self.class_ids.values())
+        if self.ways > n_classes or self.shots + self.queries > n_images:
+            raise ValueError(f"--ways {self.ways} of {n_classes} classes, --shots {self.shots} "
+                             f"and --queries {self.queries} of {n_images} images")
+        self.image_shape = self.images.shape[2:4]  # channels, size
+        self.n_out = self.ways
+        self.chance = 1 / self.ways
+        self.step_names = ["image"] * (self.ways * self.shots)
+        # On CIFAR-FS, pretraining also learns to name the training classes.
+        self.n_classes = len(self.class_ids["train"]) if self.task == "cifarfs" else 0
+        self.embedded = {}  # split: (classes, images, E), after embed()
 
-    def take(self, split, classes, index, generator):
-        """Images `index` of `classes`, both (*) -> (*, channels, size, size); embedded: (*, F)."""
+    def sample(self, split, batch_size, generator, sizes=None):
+        """Episodes of `sizes` (ways, shots, queries), or of the task's own."""
+        N, K, Q = sizes or (self.ways, self.shots, self.queries)
+        n_classes = len(self.class_ids[split])
+        classes = torch.rand(batch_size, n_classes, generator=generator).argsort(dim=1)
+        if N == n_classes:  # Where an episode has all classes, each keeps its label.
+            classes = torch.arange(N).expand(batch_size, N)
+        n_images = self.images.size(1)
+        images = torch.rand(batch_size, N, n_images, generator=generator).argsort(dim=2)
+        classes = classes[:, :N, None].expand_as(images)  # (B, N, images)
+        labels = torch.arange(N)[:, None].expand_as(images)
+        table = torch.stack([classes, images, labels], dim=3)  # (B, N, images, 3)
+        support, = shuffle(generator, table[:, :, :K].flatten(1, 2))  # (B, N * K, 3)
+        query, = shuffle(generator, table[:, :, K:K + Q].flatten(1, 2))  # (B, N * Q, 3)
+        support_x = self.take(split, support, generator)
+        query_x = self.take(split, query, generator)
+        return Episodes(support_x, support[..., 2], query_x, query[..., 2])
+
+    def take(self, split, chosen, generator):
+        """The images (B, M, ...) of `chosen` (B, M, 3): class, image, label."""
+        classes, images, _ = chosen.unbind(2)
         if split in self.embedded:
-            return self.embedded[split][classes, index]
-        images = self.images[self.class_ids[split][classes], index]
-        change = distort if self.task == "omniglot" else shift
-        return change(images, generator) if split == "train" else images
+            return self.embedded[split][classes, images]  # (B, M, E)
+        x = self.images[self.class_ids[split][classes], images]
+        if split == "train":
+            x = distort(x, generator) if self.task == "omniglot" else shift(x, generator)
+        return x  # (B, M, channels, size, size)
 
     @torch.no_grad()
     def embed(self, split, encoder, device):
-        """From now on show the mean of what `encoder` says of an image and its mirror image."""
-        if self.task == "cifarfs":  # Omniglot's images are distorted anew each time
-            images = self.images[self.class_ids[split]].to(device)
-            means = [(encoder(of) + encoder(of.flip(-1))) / 2 for of in images]
-            self.embedded[split] = torch.stack(means).cpu()  # (classes, images, F)
+        """From now on, show each image by its mean embedding with its mirror image."""
+        if self.task == "cifarfs":  # Omniglot's images are distorted anew each time.
+            means = []
+            for images in self.images[self.class_ids[split]].to(device):  # of a class
+                means.append((encoder(images) + encoder(images.flip(-1))) / 2)
+            self.embedded[split] = torch.stack(means).cpu()  # (classes, images, E)
 
-    def sample(self, split, batch_size, generator, ways=None, shots=None, queries=None):
-        B, N, K, Q = batch_size, ways or self.ways, shots or self.shots, queries or self.queries
-        group = self.group[split]
-        rank = torch.rand(B, len(group), generator=generator)  # (B, classes)
-        rank += group != group[rank.argmin(dim=1)][:, None]  # other groups than the first's: last
-        # where all classes are shown, each keeps its label
-        classes = rank.argsort(dim=1)[:, :N] if N < len(group) else torch.arange(N).expand(B, N)
-        index = torch.rand(B, N, self.images.size(1), generator=generator).argsort(dim=2)
-        parts, labels = [], torch.arange(N)[:, None]
-        for number in (index[..., :K], index[..., K:K + Q]):  # of shots and of queries, (B, N, .)
-            part = [of.expand_as(number).flatten(1) for of in (classes[..., None], number, labels)]
-            parts.append(shuffle(generator, *part))  # classes, numbers and labels, (B, N * .) each
-        shown, asked = ((self.take(split, *of, generator), label) for *of, label in parts)
-        return Episodes(*shown, *asked)
-
-# Each task, and its defaults: as many updates as every seed needs to learn, with a margin.
+# The defaults of each task: more updates than any seed needs to learn it.
 IMAGES = dict(batch_size=16, lr=1e-3, d_model=128, d_ff=256)
 TASKS = {"copy": (Copy, dict(steps=140, lr=8e-3)),
          "cue": (Cue, dict(steps=400, lr=3e-3, alpha_init=20.0)),
          "regression": (Regression, dict(steps=2000, lr=2e-3, n_layer=4, queries=50)),
          "cifarfs": (FewShot, dict(IMAGES, steps=1000, pretrain_steps=7000)),
          "omniglot": (FewShot, dict(IMAGES, steps=2000, pretrain_steps=3000))}
+# Ways, shots and queries of pretraining; CIFAR-FS has 64 training classes.
+PRETRAINING = {"cifarfs": (64, 1, 1), "omniglot": (60, 1, 2)}
 
 def make_task(args):
-    """The task of `args`, a dict with its name and sizes. ValueError where they do not fit."""
+    """The task of `args`, a dict. ValueError where its sizes do not fit."""
     task, _ = TASKS[args["task"]]
     return task(**{field.name: args[field.name] for field in fields(task)})
 
-@torch.no_grad()
-def show(model, task, split, device, n=3):
-    """n episodes as lines: what is shown, right, answered, and answered with nothing written."""
-    episodes, rule = task.sample(split, n, random_generator(0, split)), model.plasticity
-    shown = episodes.support_x if episodes.support_y is None else episodes.support_y
-    lines, eta0 = {"shown": shown, "right": episodes.target}, rule.eta0
-    for name in ("answered", "silenced") if rule.rule != "none" else ("answered",):
-        rule.eta0 = 0.0 if name == "silenced" else eta0
-        out = model.eval()(episodes.to(device))[0][:, -episodes.target.size(1):].cpu()
-        lines[name] = out if episodes.target.is_floating_point() else out.argmax(-1)
-    rule.eta0 = eta0
-    for b in range(n):
-        for name, values in lines.items():
-            words = " ".join(str(round(value, 2)) for value in values[b].flatten().tolist())
-            yield f"  {name:8}  {words[:88]}"
+def shuffle(generator, *tensors):
+    """Tensors (B, N, ...) -> each row's N in a random order, one for all tensors."""
+    order = torch.rand(tensors[0].shape[:2], generator=generator).argsort(dim=1)
+    rows = torch.arange(len(order))[:, None]  # (B, 1)
+    return [tensor[rows, order] for tensor in tensors]
 
 def distort(images, generator):
-    """Images (*, channels, size, size) uint8, each turned, scaled and shifted a little."""
+    """Images (..., channels, size, size), each turned, scaled and moved a little."""
     flat = images.flatten(0, -4)  # (N, channels, size, size)
-    u = torch.rand(4, flat.size(0), generator=generator) * 2 - 1  # (4, N) in [-1, 1]
-    angle, scale, (right, down) = torch.deg2rad(10 * u[0]), 1 + 0.15 * u[1], 0.15 * u[2:]
-    cos, sin = scale * angle.cos(), scale * angle.sin()  # (N)
+    u = torch.rand(4, len(flat), generator=generator) * 2 - 1  # (4, N) in [-1, 1]
+    angle = torch.deg2rad(10 * u[0])  # (N)
+    cos = (1 + 0.15 * u[1]) * angle.cos()
+    sin = (1 + 0.15 * u[1]) * angle.sin()
+    right, down = 0.15 * u[2:]
     theta = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, flat.shape, align_corners=False)  # from where, (N, size, size, 2)
-    return F.grid_sample(flat.float(), grid, align_corners=False).round().byte().view_as(images)
+    grid = F.affine_grid(theta, flat.shape, align_corners=False)
+    moved = F.grid_sample(flat.float(), grid, align_corners=False)
+    return moved.round().byte().view_as(images)
 
 def shift(images, generator):
-    """Images (*, channels, size, size) uint8, half mirrored, each moved by <= 2 pixels on black."""
-    x, size = images.flatten(0, -4), images.size(-1)  # (N, channels, size, size)
-    x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(-1), x)
-    x = F.pad(x, (2, 2, 2, 2)).unfold(2, size, 1).unfold(3, size, 1)  # (N, channels, 5, 5, ...)
+    """Images (..., channels, size, size), half mirrored, all moved by <= 2 pixels."""
+    size = images.size(-1)
+    x = images.flatten(0, -4)  # (N, channels, size, size)
+    mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+    x = torch.where(mirrored, x.flip(-1), x)
+    x = F.pad(x, (2, 2, 2, 2))  # black
+    x = x.unfold(2, size, 1).unfold(3, size, 1)  # (N, channels, 5, 5, size, size)
     down, right = torch.randint(5, (2, len(x)), generator=generator)  # (N) each
     return x[torch.arange(len(x)), :, down, right].view_as(images)
 
-# CIFAR-100's class-disjoint split by Bertinetto et al., ICLR 2019: all other classes train.
-CIFARFS_VAL = """beaver otter flatfish shark lamp television beetle butterfly sea camel cattle
-    crab crocodile maple_tree motorcycle tractor""".split()
+# CIFAR-100 by class, split as by Bertinetto et al. 2019: all other classes train.
+CIFARFS_VAL = """beaver otter flatfish shark lamp television beetle butterfly sea camel
+    cattle crab crocodile maple_tree motorcycle tractor""".split()
 CIFARFS_TEST = """whale poppy rose sweet_pepper telephone bed table wardrobe leopard plain
     chimpanzee fox snail worm baby man woman bicycle pickup_truck rocket""".split()
-# Omniglot: the background set trains, its last 5 alphabets validate, the evaluation set tests
-OMNIGLOT = range(813), range(813, 964), range(964, 1623)
-PACKS = {"cifarfs": ("cifar100.pt", (100, 600, 3, 32, 32)),  # classes, images, channels, size, size
+# The file of each data set, and its classes, images, channels, size and size.
+PACKS = {"cifarfs": ("cifar100.pt", (100, 600, 3, 32, 32)),
          "omniglot": ("omniglot.pt", (1623, 20, 1, 28, 28))}
 
 def load_pack(data_dir, name):
-    """Images (classes, images, channels, size, size) uint8, classes' names, rows of each split."""
-    path, shape = Path(data_dir, PACKS[name][0]), PACKS[name][1]
+    """-> images (classes, images, channels, size, size); {split: its classes}."""
+    file_name, shape = PACKS[name]
+    path = Path(data_dir, file_name)
     try:
         if not path.exists():
             print(f"{path} is not there: downloading and packing {name}, once", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as root:  # half a download stays here
-                pack = pack_cifar100(root) if name == "cifarfs" else pack_omniglot(root)
-                torch.save(pack, f"{root}/pack")
-                Path(root, "pack").replace(path)
+            pack = pack_cifar100 if name == "cifarfs" else pack_omniglot
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                torch.save(pack(folder), f"{folder}/pack")
+                Path(folder, "pack").replace(path)  # It is whole, or not there.
         images, classes = torch.load(path, weights_only=True, mmap=True).values()
         if images.dtype != torch.uint8 or images.shape != shape or len(classes) != shape[0]:
             raise ValueError(f"not {shape} images in bytes")
-        rows = OMNIGLOT
         if name == "cifarfs":
             train = [c for c in classes if c not in CIFARFS_VAL + CIFARFS_TEST]
-            rows = [[classes.index(c) for c in part] for part in (train, CIFARFS_VAL, CIFARFS_TEST)]
-        return images, classes, dict(zip(SPLITS, map(torch.tensor, rows)))
-    except Exception as error:  # a download or a damaged file can fail in any way
-        raise ValueError(f"no {name} in {path} ({error!r}): check the network and --data-dir, and "
-                         "delete the file if it is there, to download it again") from error
+            splits = {"train": train, "val": CIFARFS_VAL, "test": CIFARFS_TEST}
+            return images, {split: torch.tensor([classes.index(c) for c in names])
+                            for split, names in splits.items()}
+    except Exception as error:  # A download or a damaged file can fail in any way.
+        raise ValueError(f"no {name} in {path} ({error!r}): check the network and --data-dir, "
+                         "and delete the file, to download it again") from error
 
-def pack_cifar100(root):
+    # Omniglot: the background set trains, but its last five alphabets validate; the
+    # evaluation set tests. In training, quarter-turns of a character are classes.
+    turns = torch.cat([images.rot90(k, (-2, -1)) for k in range(4)])
+    train = torch.cat([torch.arange(813) + k * len(images) for k in range(4)])
+    return turns, {"train": train, "val": torch.arange(813, 964),
+                   "test": torch.arange(964, 1623)}
+
+def pack_cifar100(folder):
     from torchvision.datasets import CIFAR100
-    train, test = (CIFAR100(root, train=part, download=True) for part in (True, False))
-    images = torch.cat([torch.from_numpy(of.data) for of in (train, test)]).permute(0, 3, 1, 2)
-    order = torch.tensor(train.targets + test.targets).argsort(stable=True)  # by class, train first
-    return {"images": images[order].contiguous().unflatten(0, (100, 600)), "classes": train.classes}
+    parts = [CIFAR100(folder, train, download=True) for train in (True, False)]
+    images = torch.cat([torch.from_numpy(part.data) for part in parts])  # (N, 32, 32, 3)
+    labels = torch.tensor(parts[0].targets + parts[1].targets)
+    order = labels.argsort(stable=True)  # by class, its training images first
+    images = images[order].permute(0, 3, 1, 2).contiguous()
+    return {"images": images.unflatten(0, (100, 600)), "classes": parts[0].classes}
 
-def pack_omniglot(root):
+def pack_omniglot(folder):
     from PIL import Image, ImageOps
     from torchvision.datasets import Omniglot
     from torchvision.transforms.functional import pil_to_tensor
-    images, classes = [], []
+    images = []
+    classes = []
     for background in (True, False):
-        folder = Path(Omniglot(root, background=background, download=True).target_folder)
-        for file in sorted(folder.glob("*/*/*.png")):  # Alphabet/characterNN/..., 20 of each
-            scan = ImageOps.invert(Image.open(file).convert("L"))  # ink is 255
+        data = Omniglot(folder, background=background, download=True)
+        for file in sorted(Path(data.target_folder).glob("*/*/*.png")):
+            scan = ImageOps.invert(Image.open(file).convert("L"))  # Ink is 255.
             images.append(pil_to_tensor(scan.resize((28, 28), Image.BILINEAR)))
-            classes.append("/".join(file.parts[-3:-1]))
+            classes.append("/".join(file.parts[-3:-1]))  # Alphabet/characterNN
     return {"images": torch.stack(images).unflatten(0, (-1, 20)), "classes": classes[::20]}

@@ -1,232 +1,205 @@
 """Train a plastic Transformer on any task with any rule.
 
-    python train.py --task copy --rule hebbian --watch             # half a minute
-    python train.py --task copy --rule gradient --window 8         # attention is too short to copy
-    python train.py --task omniglot --rule hebbian                 # downloads Omniglot, once
-    python train.py --resume --out-dir out/copy-hebbian-s0         # go on with a run that stopped
-    python eval.py out/copy-hebbian-s0                             # what the model does, and how
+    python train.py --task copy --rule hebbian              # half a minute
+    python train.py --task copy --rule gradient --window 8  # attention is too short
+    python train.py --task omniglot --rule hebbian          # downloads Omniglot, once
+    python train.py --resume --out-dir out/copy-hebbian-s0  # go on after a stop
+    python eval.py out/copy-hebbian-s0                      # measure the model
 
-Into --out-dir go metrics.jsonl (a line an evaluation), ckpt.pt (for --resume), best.pt (the best).
+--out-dir gets metrics.jsonl (a line per evaluation), ckpt.pt (where --resume goes on)
+and best.pt (the model that was best in validation).
 """
 import argparse
 import contextlib
 import ctypes
+import io
 import json
 import math
 import os
+import platform
 import signal
-import statistics
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from statistics import fmean
 
 import torch
 from torch import nn
 
-from model import Config, Transformer
-from tasks import TASKS, make_task, random_generator, show
+from model import Config, Transformer, nearest_prototype, setting
+from tasks import PRETRAINING, TASKS, make_task, random_generator
 
-LR_WARMUP, CLIP, WEIGHT_DECAY, EVAL_EPISODES = 25, 1.0, 0.01, 160  # updates, norm, AdamW's, number
-PRETRAIN_INTERVAL = 250  # updates between checkpoints
+LR_WARMUP = 25  # updates
+CLIP = 1.0  # largest norm of the gradient
+WEIGHT_DECAY = 0.01  # of AdamW
+EVAL_EPISODES = 160
+PRETRAIN_LR = 1e-3
+PRETRAIN_INTERVAL = 250  # updates between evaluations
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass
 class Training:
-    """All settings of a run but those of its model (model.Config) and its episodes (tasks.py)."""
-    task: Annotated[Literal[tuple(TASKS)], "what to learn"] = "copy"
-    steps: Annotated[int, "updates", 1] = None
-    batch_size: Annotated[int, "episodes an update", 1] = 32
-    lr: Annotated[float, "learning rate, before warm-up and cosine", 1e-12, 1] = None
-    pretrain_steps: Annotated[int, "updates of the encoder before; 0: all learn together", 0] = 0
-    seed: Annotated[int, "everything random follows from it", 0, 2**60] = 0
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "auto: the best there is"] = "auto"
-    threads: Annotated[int, "CPU threads; more slow the many small operations down", 1] = 1
-    out_dir: Annotated[str, "folder of the run, if not out/<task>-<rule>-s<seed>"] = None
-    data_dir: Annotated[str, "where the images are, or are downloaded to"] = "data"
-    eval_interval: Annotated[int, "updates between checkpoints, if not a tenth of all", 1] = None
+    """The settings of a run, besides those of model.Config and of its task (tasks.py)."""
+    task: str = setting("copy", "what to learn", choices=tuple(TASKS))
+    steps: int = setting(None, "updates", 1)
+    batch_size: int = setting(32, "episodes per update", 1)
+    lr: float = setting(None, "peak learning rate (warm-up, then cosine)", 1e-12, 1)
+    pretrain_steps: int = setting(0, "updates of the image encoder alone", 0)
+    seed: int = setting(0, "seed of everything random", 0, 2**60)
+    device: str = setting(DEVICE, "where to compute", choices=("cpu", "cuda"))
+    threads: int = setting(1, "CPU threads; more make small operations slower", 1)
+    out_dir: str = setting(None, "folder of the run (default: out/TASK-RULE-sSEED)")
+    data_dir: str = setting("data", "folder of the images, downloaded if need be")
+    eval_interval: int = setting(None, "updates per evaluation (default: a tenth)", 1)
 
-def defaults(task, rule):
-    """All settings of a run of this task and rule that is told nothing else."""
-    settings = {f.name: f.default for of in (TASKS[task][0], Config, Training) for f in fields(of)}
-    return {**settings, **TASKS[task][1], "task": task, "rule": rule}
+def train(args, task, model, optimizer, generator, run, device, rank, world):
+    """The one training loop, for every task and rule. It goes on after run["step"].
 
-def add_flags(parser, title, settings):
-    """A flag for each annotated field, None where it is not given; the last of a name replaces."""
-    group = parser.add_argument_group(title)
-    for name, hint in get_type_hints(settings, include_extras=True).items():
-        if get_origin(hint) is Annotated:
-            kind, meaning, *limits = get_args(hint)
-            choices, default = get_args(kind) or None, getattr(settings, name)
-            said = [str(default)] * (default is not None)
-            said += [f"{task} {its[name]}" for task, (_, its) in TASKS.items() if name in its]
-            group.add_argument("--" + name.replace("_", "-"), choices=choices,
-                               metavar=None if choices else name[0].upper(),
-                               type=number(kind, *limits) if limits else None,
-                               help=meaning + f" (default: {', '.join(said)})" * bool(said))
+    Updates up to 0 pretrain the image encoder alone, if there are any; those from 1 on train
+    the whole model. Of `world` processes, the one of rank 0 writes the files.
+    """
+    start = time.time() - run["seconds"]
+    if run["step"] >= 1:
+        start_reader(args, task, model, device)
+    for step in range(run["step"] + 1, args.steps + 1):
+        if step == 1:
+            start_reader(args, task, model, device)
+            optimizer.state.clear()  # AdamW forgets the pretraining.
 
-def number(kind, low, high=1e18):
-    """An argparse type: an int or a float from `low` to `high`."""
-    def number(text):
-        if low <= kind(text) <= high:
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-    return number
+        pretraining = step <= 0
+        if pretraining:
+            model.train()
+            loss = encoder_loss(args, task, model, generator, device)
+            lr = PRETRAIN_LR * schedule(step + args.pretrain_steps, args.pretrain_steps)
+            interval = PRETRAIN_INTERVAL
+        else:
+            model.train(not args.pretrain_steps)  # A frozen batch norm stays the same.
+            episodes = task.sample("train", args.batch_size, generator)
+            episodes = episodes.to(device, rank, world)
+            out, _ = model(episodes)
+            loss = task.loss(out, episodes.target)
+            lr = args.lr * schedule(step, args.steps)
+            interval = args.eval_interval or max(1, args.steps // 10)
 
-def parse_args(argv=None):
-    """All settings of a run: those given, else those of the run to resume, else the defaults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage="python train.py [--task TASK] [--rule RULE] [flags]",
-        allow_abbrev=False, conflict_handler="resolve",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir")
-    parser.add_argument("--watch", action="store_true", help="see in the terminal what it writes")
-    add_flags(parser, "training", Training)
-    add_flags(parser, "model and plasticity", Config)
-    for task, (sizes, _) in TASKS.items():
-        add_flags(parser, f"episodes of {task}", sizes)
-    given = {name: v for name, v in vars(parser.parse_args(argv)).items() if v is not None}
-    settings = defaults(given.get("task", "copy"), given.get("rule", "hebbian"))
-    given.setdefault("out_dir", "out/{task}-{rule}-s{seed}".format(**{**settings, **given}))
-    if given["resume"]:
-        settings = load_run(f"{given['out_dir']}/ckpt.pt", given)[0]["args"]
-    for name in {*given} - {*settings, "resume", "overwrite", "watch"}:
-        raise ValueError(f"--{name.replace('_', '-')} {given[name]}: no size of {settings['task']}")
-    args = argparse.Namespace(**{**settings, **given})
-    args.eval_interval = args.eval_interval or max(1, args.steps // 10)
-    if args.pretrain_steps and "ways" not in settings:
-        raise ValueError(f"--pretrain-steps {args.pretrain_steps}: {args.task} has no encoder")
-    return args
+        loss = update(loss, optimizer, lr, world)
+        run["step"] = step
+        run["seconds"] = time.time() - start
+        run["losses"].append(loss)
+        if rank == 0 and (step % interval == 0 or step == args.steps):
+            model.eval()
+            validate(run, args, task, model, device)
+            save_checkpoint(run, args, model, optimizer, generator)
 
-def learning_rate(step, steps):
-    """The schedule, as a share of --lr: a linear warm-up times a cosine that falls to 5%."""
-    return min(step / LR_WARMUP, 1) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+def encoder_loss(args, task, model, generator, device):
+    """Pretraining: which prototype is nearest? On CIFAR-FS also: which class is it?"""
+    episodes = task.sample("train", 1, generator, PRETRAINING[args.task]).to(device)
+    features = model.embed.features(episodes)  # (1, T + Q, E)
+    loss = task.loss(nearest_prototype(features, episodes), episodes.target)
+    if task.n_classes:
+        labels = torch.cat([episodes.support_y, episodes.target], 1)  # (1, T + Q)
+        loss = loss + task.loss(model.embed.classes(features), labels)
+    return loss
 
-def update(loss, optimizer, lr):
-    """One update by the loss of a batch -> the loss. FloatingPointError where it is not finite."""
+def start_reader(args, task, model, device):
+    """Freeze a pretrained encoder, and embed the images that stay the same."""
+    if args.pretrain_steps:
+        model.embed.encoder.requires_grad_(False).eval()
+        for split in ("train", "val"):
+            task.embed(split, model.embed.encoder, device)
+
+def schedule(step, steps):
+    """The share of the peak learning rate: a linear warm-up, times a cosine to 5%."""
+    warmup = min(step / LR_WARMUP, 1)
+    cosine = (1 + math.cos(math.pi * step / steps)) / 2
+    return warmup * (0.05 + 0.95 * cosine)
+
+def update(loss, optimizer, lr, world=1):
+    """One update by a batch's loss -> its value. FloatingPointError if not finite."""
+    parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
+    loss = loss.detach()
+    if world > 1:  # Each process has the loss and gradients of its share.
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for tensor in [loss, *gradients]:
+            torch.distributed.all_reduce(tensor)
+            tensor /= world
+    norm = nn.utils.clip_grad_norm_(parameters, CLIP)
     if not (loss.isfinite() and norm.isfinite()):
-        raise FloatingPointError(f"loss {loss.item()}: try a lower --lr, --eta0 or --alpha-init")
+        raise FloatingPointError(f"loss {loss}: lower --lr, --eta0 or --alpha-init")
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
-    return loss.detach()
+    return loss.item()
+
+def validate(run, args, task, model, device):
+    """Evaluate on validation episodes, which stay the same. Log it, and save the best."""
+    step = run["step"]
+    answer = model if step > 0 else model.embed.answer
+    result = evaluate(answer, task, "val", args, EVAL_EPISODES, device)
+    loss = result["losses"].mean().item()
+    score = result["scores"].mean().item()
+    run["log"].append(dict(step=step, train_loss=fmean(run["losses"]), metric=task.metric,
+                           val_loss=loss, val_metric=score, seconds=run["seconds"]))
+    run["losses"] = []
+    lines = "".join(json.dumps(line) + "\n" for line in run["log"])
+    save(Path(args.out_dir) / "metrics.jsonl", lines.encode())
+    print(f"{'step' if step > 0 else 'encoder alone: step'} {step}/{args.steps}  "
+          f"validation loss {loss:.4f}  {task.metric} {score:.4f}  "
+          f"after {run['seconds']:.0f} s", flush=True)
+    if step > 0 and abs(score - task.perfect) <= abs(run["best"] - task.perfect):
+        run["best"] = score
+        save_state(Path(args.out_dir) / "best.pt", args=vars(args), step=step,
+                   model=model.state_dict())
 
 @torch.no_grad()
-def evaluate(model, task, split, n_episodes, batch_size, seed, device):
-    """n episodes of a split by a model in .eval() -> loss, score; scores, `shown` (in tasks.py) of
-    each answer (n, L); gates (4, n, T): eta_t, ||D_t||, eta_t ||D_t||, eta_t ||alpha ∘ D_t||."""
-    losses, scores, shown, gates, generator = [], [], [], [], random_generator(seed, split)
-    for start in range(0, n_episodes, batch_size):
-        episodes = task.sample(split, min(batch_size, n_episodes - start), generator).to(device)
-        shown += [task.shown(episodes).cpu()] if hasattr(task, "shown") else []
-        out, fast = model(episodes)
-        losses += [task.loss(out, episodes.target).item()] * len(out)
-        scores.append(task.score(out, episodes.target))
-        if hasattr(fast, "eta"):
-            eta, norm, change = (torch.cat(of, 1) for of in (fast.eta, fast.norm, fast.change))
-            gates.append(torch.stack([eta, norm, eta * norm, change]).cpu().double())
-    scores, shown, gates = (torch.cat(of, -2) if of else None for of in (scores, shown, gates))
-    return dict(loss=statistics.fmean(losses), score=scores.mean().item(), scores=scores,
-                shown=shown, gates=gates)
+def evaluate(answer, task, split, options, n, device):
+    """How a model, or a function like it, answers n episodes: losses (n, 1), scores (n, L),
+    and where they exist asked_steps (n, L) and gates (3, n, T): eta_t, n_t, a write's change."""
+    generator = random_generator(options.seed, split)
+    parts = defaultdict(list)
+    for start in range(0, n, options.batch_size):
+        size = min(options.batch_size, n - start)
+        episodes = task.sample(split, size, generator).to(device)
+        out, fast = answer(episodes)
+        parts["losses"].append(task.loss(out, episodes.target).double().expand(size, 1))
+        parts["scores"].append(task.score(out, episodes.target))
+        if hasattr(task, "asked_steps"):
+            parts["asked_steps"].append(task.asked_steps(episodes))
+        if fast is not None:
+            gates = [torch.cat(gate, 1) for gate in (fast.eta, fast.norm, fast.change)]
+            parts["gates"].append(torch.stack(gates).double())
+    return {name: torch.cat(tensors, dim=-2).cpu() for name, tensors in parts.items()}
 
-def pretrain(run, args, task, model, optimizer, generator, device, rank):
-    """Updates -pretrain_steps to 0: an encoder learns to tell classes by nearest prototypes."""
-    alone, began = model.embed.nearest_prototype, time.time() - run["seconds"]
-    sizes = (task.n_classes, 1, 1) if task.n_classes else (60, 1, 2)  # ways, shots, queries
-    steps = args.pretrain_steps
-    for step in range(run["step"] + 1, 1):
-        model.train()
-        episodes = task.sample("train", 1, generator, *sizes).to(device)
-        answers, classes = alone(episodes)
-        loss = task.loss(answers, episodes.target)
-        if classes is not None:  # CIFAR-FS: a layer also names each image's class
-            loss += task.loss(classes, torch.cat([episodes.support_y, episodes.target], dim=1))
-        loss = update(loss, optimizer, 1e-3 * learning_rate(steps + step, steps)).item()
-        run.update(step=step, seconds=time.time() - began, losses=[*run["losses"], loss])
-        if step % PRETRAIN_INTERVAL == 0 and not rank:
-            model.eval()
-            print("encoder alone:", log(run, args, task, alone, device), flush=True)
-            save_checkpoint(run, args, model, optimizer, generator)
-    optimizer.state.clear()
+def summarize(run, args, task):
+    """Print how long the run took, when it had learned, and what to do next."""
+    tolerance = abs(task.chance - task.perfect) / 20 + 1e-9  # 5%, and rounding
+    learned = [line["step"] for line in run["log"]
+               if line["step"] > 0 and abs(line["val_metric"] - task.perfect) <= tolerance]
+    print(f"finished: {run['step']} updates, {run['seconds']:.0f} s; best {task.metric} "
+          f"{run['best']:.4f}; within 5% of perfect by update {learned[0] if learned else '-'}\n"
+          f"now: python eval.py {quote(args.out_dir)}")
 
-def train(args, task, model, device, state=None, rank=0, world=1):
-    """The one loop, for every task and rule. `state`: where to go on; rank 0 of `world` writes."""
-    folder, generator = Path(args.out_dir), random_generator(args.seed, "train")
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=WEIGHT_DECAY)
-    run = dict(step=-args.pretrain_steps, seconds=0.0, best=math.inf, losses=[], log=[])
-    if state:
-        run = state["run"]
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-    elif not rank:
-        save_checkpoint(run, args, model, optimizer, generator)
-    if args.pretrain_steps:
-        if run["step"] <= 0:
-            pretrain(run, args, task, model, optimizer, generator, device, rank)
-        model.embed.encoder.requires_grad_(False)
-    began = time.time() - run["seconds"]
-    shared = model if world == 1 else nn.parallel.DistributedDataParallel(
-        model, find_unused_parameters=args.task == "cifarfs")  # its embed.classes
-    for split in ("train", "val") if args.pretrain_steps else ():
-        task.embed(split, model.embed.encoder.eval(), device)
-    watching, above = args.watch and sys.stdout.isatty() and args.rule != "none", ""
-    for step in range(run["step"] + 1, args.steps + 1):
-        model.train(not args.pretrain_steps)  # a pretrained encoder's batch norm stays, too
-        episodes = task.sample("train", args.batch_size, generator).to(device, rank, world)
-        loss = task.loss(shared(episodes)[0], episodes.target)
-        loss = update(loss, optimizer, args.lr * learning_rate(step, args.steps))
-        if world > 1:  # each has the loss of its share
-            torch.distributed.all_reduce(loss.div_(world))
-        if rank:
-            continue
-        run.update(step=step, seconds=time.time() - began, losses=[*run["losses"], loss.item()])
-        if step % args.eval_interval == 0 or step == args.steps:
-            line = log(run, args, task, model.eval(), device)
-            if watching:  # one episode, drawn over the three lines of the last picture
-                one = evaluate(model, task, "val", 1, 1, 0, device)
-                line, above = above + line + picture(one["gates"][2, 0], task), "\x1b[3F\x1b[J"
-            print(line, flush=True)
-            score = run["log"][-1]["val_metric"]
-            if abs(score - task.perfect) <= abs(run["best"] - task.perfect):
-                run["best"] = score
-                save(folder / "best.pt", dict(args=vars(args), step=step, model=model.state_dict()))
-            save_checkpoint(run, args, model, optimizer, generator)
-    if not rank:
-        summary(run, args, task, show(model, task, "val", device))
-
-def log(run, args, task, model, device):
-    """Evaluate, always on the same episodes, and add a line to metrics.jsonl -> one to print."""
-    result = evaluate(model, task, "val", EVAL_EPISODES, args.batch_size, args.seed, device)
-    row = dict(step=run["step"], train_loss=statistics.fmean(run["losses"]), metric=task.metric,
-               val_loss=result["loss"], val_metric=result["score"], seconds=run["seconds"])
-    run.update(losses=[], log=[*run["log"], row])
-    lines = "".join(json.dumps(of) + "\n" for of in run["log"])
-    save(Path(args.out_dir) / "metrics.jsonl", lines.encode())
-    return (f"step {run['step']}/{args.steps}  validation loss {result['loss']:.4f}  {task.metric} "
-            f"{result['score']:.4f}  after {run['seconds']:.0f} s")
-
-def picture(writes, task):
-    """Two more lines: each step's write as a bar, and the initial of what it shows."""
-    shares = (writes / writes.max().clamp(min=1e-12))[:72].tolist()  # no wider than a terminal
-    bars = [" ▁▂▃▄▅▆▇█"[math.ceil(8 * share)] for share in shares]
-    return f"\nwrites {''.join(bars)}\nsteps  {''.join(name[0] for name in task.step_names[:72])}"
-
-def summary(run, args, task, answers):
-    """Say what it answers, how long it took, when it was nearly perfect, and what to do now."""
-    near = abs(task.chance - task.perfect) / 20 + 1e-9  # 5% of what there is to learn
-    learned = [row["step"] for row in run["log"]
-               if row["step"] > 0 and abs(row["val_metric"] - task.perfect) <= near]
-    print(*answers, f"finished: {run['step']} updates, {run['seconds']:.0f} s; best {task.metric} "
-          f"{run['best']:.4f}; within 5% of perfect by update {learned[0] if learned else '-'}",
-          f"now: python eval.py {quote(args.out_dir)}", sep="\n")
+@torch.no_grad()
+def show(model, task, split, device, n=3):
+    """n episodes as lines: shown, right, answered, and answered without writes."""
+    episodes = task.sample(split, n, random_generator(0, split)).to(device)
+    shown = episodes.support_x if episodes.support_y is None else episodes.support_y
+    lines = {"shown": shown, "right": episodes.target}
+    out, fast = model.eval()(episodes)
+    lines["answered"] = task.answer(out, episodes.target)
+    if fast is not None:
+        out, _ = model(episodes, write=False)
+        lines["lesioned"] = task.answer(out, episodes.target)
+    for b in range(n):
+        for name, values in lines.items():
+            numbers = values[b].flatten().tolist()
+            yield f"  {name:8}  " + " ".join(str(round(x, 2)) for x in numbers)[:88]
 
 def main(argv=None):
-    with one_line():
+    with errors_as_one_line():
         args = parse_args(argv)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         try:
@@ -239,92 +212,188 @@ def begin(args):
     """Make what a run needs, anew or from its checkpoint, and train."""
     device, rank, world = prepare(args)
     torch.manual_seed(args.seed)
-    state, path = None, Path(args.out_dir) / "ckpt.pt"
+    folder = Path(args.out_dir)
     if args.resume:
-        state, task, model = load_run(path, vars(args))
-    elif path.exists() and not (args.overwrite or rank):  # the first may have begun
-        raise ValueError(f"{path} is there: --resume goes on with it, --overwrite replaces it")
+        state, task, model = load_run(folder / "ckpt.pt", vars(args))
+    elif (folder / "ckpt.pt").exists() and not args.overwrite and rank == 0:
+        raise ValueError(f"{folder}/ckpt.pt is there: --resume goes on with it, "
+                         "--overwrite replaces it")
     else:
         task = make_task(vars(args))
         model = Transformer(task, args)
-    args.block_size = model.block_size  # as many positions for other episodes, too
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not rank:
-        for name in () if state else ("best.pt", "metrics.jsonl", "eval.json"):  # of an older run
-            (path.parent / name).unlink(missing_ok=True)
-        done = f"{max(0, state['run']['step']) if state else 0}/{args.steps} done"
-        print(f"{args.task}, rule {args.rule}, on {device}, in {args.out_dir}, {done};"
-              f" {task.metric} {task.chance:.3g} is guessing, {task.perfect:g} perfect", flush=True)
-    train(args, task, model.to(device), device, state, rank, world)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
+    generator = random_generator(args.seed, "train")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    run = dict(step=-args.pretrain_steps, seconds=0.0, best=math.inf, losses=[], log=[],
+               machine=f"{name}, torch {torch.__version__}, Python {platform.python_version()}")
+    if args.resume:
+        run = state["run"]
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
 
-# ------ Saving and loading, devices, torchrun: nothing below is about learning. ------
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            for name in ("best.pt", "metrics.jsonl"):  # of an older run
+                (folder / name).unlink(missing_ok=True)
+            save_checkpoint(run, args, model, optimizer, generator)
+        slow = sum(parameter.numel() for parameter in model.parameters())
+        fast = sum(p.weight.numel() + p.bias.numel() for p in model.plastic_layers())
+        print(f"{args.task}, rule {args.rule}, on {device}, in {args.out_dir}, "
+              f"{max(0, run['step'])}/{args.steps} done; {task.metric} "
+              f"{task.chance:.3g} is guessing, {task.perfect:g} perfect\n"
+              f"{slow:,} slow parameters, and {fast:,} fast weights per episode", flush=True)
+    train(args, task, model, optimizer, generator, run, device, rank, world)
+    if rank == 0:
+        print(*show(model, task, "val", device), sep="\n")
+        summarize(run, args, task)
 
-def fail(message):  # as every bad input does: one line, exit status 2
+# ------ Flags, files, devices, torchrun: nothing below is about learning. ------
+CHANGEABLE = ("resume", "overwrite", "out_dir", "data_dir", "device", "threads",
+              "steps", "lr", "batch_size", "eval_interval")  # when a run goes on
+
+def parse_args(argv=None):
+    """All settings of a run: those given, else those to resume, else the defaults."""
+    parser = new_parser(__doc__, "python train.py [--task TASK] [--rule RULE] [flags]")
+    for flag, text in (("--resume", "go on with the run"), ("--overwrite", "replace it")):
+        parser.add_argument(flag, action="store_true", help=f"{text} in --out-dir")
+    add_flags(parser, "training", Training)
+    add_flags(parser, "model and plasticity", Config)
+    for name, (task, _) in TASKS.items():
+        add_flags(parser, f"episodes of {name}", task)
+    given = vars(parser.parse_args(argv))
+
+    settings = defaults(given.get("task", "copy"), given.get("rule", "hebbian"))
+    settings["out_dir"] = "out/{task}-{rule}-s{seed}".format(**{**settings, **given})
+    if "resume" in given:
+        folder = given.get("out_dir", settings["out_dir"])
+        state, _, _ = load_run(Path(folder) / "ckpt.pt")
+        settings = {**state["args"], "out_dir": folder}
+    for name, value in given.items():
+        flag = f"--{name}".replace("_", "-")
+        if "resume" in given and name not in CHANGEABLE and value != settings.get(name):
+            raise ValueError(f"{flag} {value}: --resume cannot change it")
+        if name not in settings:
+            raise ValueError(f"{flag} {value}: no size of {settings['task']}")
+    args = argparse.Namespace(**{**settings, **given})
+    if args.pretrain_steps and args.task not in PRETRAINING:
+        raise ValueError(f"--pretrain-steps: {args.task} has no encoder to pretrain")
+    return args
+
+def defaults(task, rule):
+    """All settings of a run of this task and rule that is told nothing else."""
+    task_class, task_defaults = TASKS[task]
+    settings = {"resume": False, "overwrite": False}
+    for group in (task_class, Config, Training):
+        settings.update({field.name: field.default for field in fields(group)})
+    return {**settings, **task_defaults, "task": task, "rule": rule}
+
+def new_parser(description, usage):
+    """A parser of what is given. Of two flags with one name, the later one counts."""
+    parser = argparse.ArgumentParser(
+        description=description, usage=usage, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, conflict_handler="resolve",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    return parser
+
+def add_flags(parser, title, settings, tasks=TASKS):
+    """A flag per setting. Its help names the default, and those of tasks that differ."""
+    group = parser.add_argument_group(title)
+    for field in fields(settings):
+        if not field.metadata:
+            continue
+        values = [] if field.default is None else [str(field.default)]
+        for name, (_, task_defaults) in tasks.items():
+            if field.name in task_defaults:
+                values.append(f"{name} {task_defaults[field.name]}")
+        default = f" (default: {', '.join(values)})" if values else ""
+        choices = field.metadata["choices"]
+        group.add_argument(f"--{field.name}".replace("_", "-"), type=limited(field),
+                           choices=choices, help=field.metadata["help"] + default,
+                           metavar=None if choices else field.name[0].upper())
+
+def limited(field):
+    """An argparse type: a text, or a number within the limits of a setting."""
+    low = field.metadata["low"]
+    high = field.metadata["high"]
+
+    def number(text):
+        value = field.type(text)
+        if low is None or low <= value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+    return number
+
+def fail(message):
+    """End as every bad input does: one line, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 @contextlib.contextmanager
-def one_line():
+def errors_as_one_line():
     """Whatever a user can mend ends the program with one line."""
     try:
         yield
-    except BrokenPipeError:  # who read our output has left, as head does
-        os._exit(1)  # at once, as what is left to print has nowhere to go
+    except BrokenPipeError:  # The reader of our output has left.
+        os._exit(1)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
         if "memory" in repr(error).lower():
-            fail("out of memory: try a smaller --batch-size, --d-model, --d-ff or --n-layer")
+            fail("out of memory: lower --batch-size, --d-model, --d-ff or --n-layer")
         raise
 
 def save(path, content):
-    """Write bytes or what torch.save takes, beside the place, then rename: no file is ever half."""
+    """Write bytes beside the file, then rename: no file is ever half."""
     temporary = Path(f"{path}.tmp")
     try:
-        if isinstance(content, bytes):
-            temporary.write_bytes(content)
-        else:
-            torch.save(content, temporary)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter is torch.save's word for a full disk
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {error}".split("\n")[0]) from error
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+def save_state(path, **state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    save(path, buffer.getvalue())
 
 def save_checkpoint(run, args, model, optimizer, generator):
-    parts = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), run=run)
-    parts.update(args=vars(args), generator=generator.get_state())
-    save(Path(args.out_dir) / "ckpt.pt", parts)
+    save_state(Path(args.out_dir) / "ckpt.pt", run=run, args=vars(args), model=model.state_dict(),
+               optimizer=optimizer.state_dict(), generator=generator.get_state())
 
 def load_run(path, changes=()):
-    """-> checkpoint, task, model, with some settings changed. ValueError where it does not fit."""
+    """-> checkpoint, task, model, with some settings changed. ValueError if it fails."""
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")  # runs no code
+        state = torch.load(path, weights_only=True, map_location="cpu")
         args = argparse.Namespace(**{**state["args"], **dict(changes)})
         task = make_task(vars(args))
         model = Transformer(task, args)
         model.load_state_dict(state["model"])
         return state, task, model
-    except Exception as error:  # a damaged or foreign file can fail in any way
+    except Exception as error:  # A damaged or foreign file can fail in any way.
         reason = str(error).strip().split("\n")[-1].strip()
-        raise ValueError(f"{path} does not load ({reason}): name a run of train.py") from error
+        raise ValueError(f"{path} does not load ({reason}): name a run of train.py")
 
 def prepare(args):
-    """The device of a run; its rank among the processes that torchrun started, and their number."""
+    """-> the device; this process's rank and number of processes under torchrun."""
     torch.set_num_threads(args.threads)
-    if sys.platform == "linux":  # to map large blocks of memory anew each time costs a third
-        ctypes.CDLL("libc.so.6").mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
-        ctypes.CDLL("libc.so.6").mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name = next(name for name in there if there[name]) if args.device == "auto" else args.device
-    if not there[name]:
-        raise ValueError(f"--device {name}: there is none here, try --device cpu")
+    if sys.platform == "linux":  # Mapping large blocks anew each time costs a third.
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is none here, try --device cpu")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world:
-        raise ValueError(f"--batch-size {args.batch_size}: no multiple of the {world} processes")
     if world == 1:
-        return torch.device(name), 0, 1
-    torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
-    return torch.device(name, int(os.environ["LOCAL_RANK"])), torch.distributed.get_rank(), world
+        return torch.device(args.device), 0, 1
+    if args.batch_size % world:
+        raise ValueError(f"--batch-size {args.batch_size}: not for {world} processes")
+    torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    device = torch.device(args.device, int(os.environ["LOCAL_RANK"]))
+    return device, torch.distributed.get_rank(), world
 
 if __name__ == "__main__":
     main()
