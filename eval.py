@@ -6,13 +6,13 @@
     python eval.py results/runs.jsonl --only '*-w8-s?'     # report what was kept
     python eval.py out/copy-* --plot FILE.png              # draw how they learned
 
-Scores are those of best.pt. Gates (eta_t and the like) are those of ckpt.pt, the last.
+Scores are those of best.pt; gates those of ckpt.pt, so that runs have equal updates.
 """
 import argparse
 import importlib.util
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import fmean
@@ -25,30 +25,35 @@ from train import (DEVICE, add_flags, defaults, errors_as_one_line, evaluate, fa
 
 @dataclass
 class Options:
-    only: str = setting("*", "runs of a file to report, such as 'copy-*-s0'")
-    append: str = setting(None, "file to which every measured run adds a line")
+    only: str = setting("*", "pattern of the runs of a file, such as 'copy-*-s0'")
+    append: str = setting(None, "file that gets a line per measured run")
     plot: str = setting(None, "picture to draw (needs matplotlib)")
     episodes: int = setting(600, "test episodes", 1)
-    batch_size: int = setting(20, "episodes at a time", 1)
+    batch_size: int = setting(20, "episodes per batch; another size draws others", 1)
     seed: int = setting(0, "seed of the test episodes", 0, 2**60)
     device: str = setting(DEVICE, "where to compute", choices=("cpu", "cuda"))
     threads: int = setting(1, "CPU threads", 1)
     data_dir: str = setting("data", "folder of the images, downloaded if need be")
 
-GATE_FIGURES = ("persistence", "cap_share", "change", "selectivity", "eta_selectivity")
+GATE_FIGURES = {  # means over test episodes and steps
+    "persistence": "eta_t / eta_0: the larger, the more a step writes and erases",
+    "cap_share": "eta_t n_t / (eta_0 max_norm), a share of the largest write allowed",
+    "change": "what a write adds to the weights / the norm of the slow weights",
+    "selectivity": "the write at a pair that is asked for / at noise, at the same step",
+    "eta_selectivity": "the same for eta_t"}
 
 def measure(folder, options, device):
-    """All figures of a run -> a dict for JSON; some of its answers, as lines."""
+    """Measure a run -> its figures, as a dict for JSON; some of its answers, as lines."""
     changes = {"data_dir": options.data_dir}
     best, task, model = load_run(folder / "best.pt", changes)
     last, _, last_model = load_run(folder / "ckpt.pt", changes)
     args = best["args"]
     model.to(device).eval()
     print(f"measuring {folder} on {options.episodes} episodes", flush=True)
-    if task.kind == "image":
-        task.queries = 15  # per class, as in the literature
+    if task.kind == "image":  # 15 per class, as in the literature, if there are as many
+        task = replace(task, queries=min(15, task.images.size(1) - task.shots))
     if args["pretrain_steps"]:
-        task.embed("test", model.embed.encoder, device)
+        task.encode_images("test", model.embed.encoder, device)
 
     def test(answer):  # on the same episodes each time
         return evaluate(answer, task, "test", options, options.episodes, device)
@@ -66,8 +71,8 @@ def measure(folder, options, device):
         lesioned = test(lambda episodes: model(episodes, write=False))["scores"]
         row["lesion"] = lesioned.mean().item()
         row["lesion_interval"] = interval(lesioned)
-        result = test(last_model.to(device).eval())
-        row.update(gate_figures(last_model, result["gates"], result.get("asked_steps")))
+        last_result = test(last_model.to(device).eval())
+        row.update(gate_figures(last_model, **last_result))
 
     run = last["run"]
     row.update(seconds=run["seconds"], machine=run["machine"])
@@ -76,11 +81,11 @@ def measure(folder, options, device):
     return row, list(show(model, task, "test", device))
 
 def flags_of(args):
-    """The flags that repeat a run: task, rule, what differs from defaults, seed."""
+    """The flags that repeat a run: its settings that differ from the defaults."""
     flags = f"--task {args['task']} --rule {args['rule']}"
-    apart = "task rule seed device threads out_dir data_dir resume overwrite".split()
+    others = "task rule seed device threads out_dir data_dir resume".split()
     for name, default in defaults(args["task"], args["rule"]).items():
-        if name not in apart and args[name] != default:
+        if name not in others and args[name] != default:
             flags += f" --{name.replace('_', '-')} {args[name]}".removesuffix(".0")
     return f"{flags} --seed {args['seed']}"
 
@@ -90,37 +95,38 @@ def interval(scores):
     means = scores.mean(1)  # (n)
     if n == 1:
         return math.inf
-    if means.eq(1).all():  # Wilson's interval: n right of n are no certainty.
+    if means.eq(1).all():  # Wilson's interval, for n right answers of n.
         return 1.96**2 / (n + 1.96**2)
     return 1.96 * means.std().item() / math.sqrt(n)
 
-def gate_figures(model, gates, asked_steps=None):
-    """The figures of what train.evaluate found: gates (3, n, T), asked_steps (n, L)."""
+def gate_figures(model, gates, asked_steps=None, **_):
+    """How much a model writes, and when; gates and asked_steps: see train.evaluate."""
     eta, norm, change = gates  # (n, T) each
     rule = model.plasticity
     write = eta * norm
-    share = write / (rule.eta0 * rule.max_norm)  # of the largest write allowed
+    share = write / (rule.eta0 * rule.max_norm)
     slow = torch.cat([layer.weight.flatten() for layer in model.plastic_layers()]).norm()
     steps = dict(eta=eta, norm=norm, write=write, change=change)
     figures = dict(gates={key: values.mean(0).tolist() for key, values in steps.items()},
                    persistence=(eta.mean() / rule.eta0).item(),
                    cap_share=share.mean().item(), change=(change.mean() / slow).item(),
-                   writes={"all": share.mean(0).tolist()})
+                   writes={"all": share.mean(0).tolist()})  # for --append, not printed
     if asked_steps is None:
         return figures
 
-    # Compare steps that some episodes ask for and others do not: pairs and noise.
-    asked = torch.zeros_like(write, dtype=torch.bool).scatter(1, asked_steps, True)  # (n, T)
-    compared = asked.any(0) & ~asked.all(0)  # (T)
-    if not compared.any():
-        return figures
-    counts = (share * asked).sum(0) / asked.sum(0)  # means over episodes, (T) each
-    noise = (share * ~asked).sum(0) / (~asked).sum(0)
-    eta_counts = (eta * asked).sum(0) / asked.sum(0)
-    eta_noise = (eta * ~asked).sum(0) / (~asked).sum(0)
-    figures["selectivity"] = (counts / noise)[compared].mean().item()
-    figures["eta_selectivity"] = (eta_counts / eta_noise)[compared].mean().item()
-    figures["writes"] = {"counts": counts.tolist(), "noise": noise.tolist()}
+    # A step may show a pair that counts in some episodes, and noise in others.
+    counts = torch.zeros_like(write, dtype=torch.bool).scatter(1, asked_steps, True)
+    both = counts.any(0) & ~counts.all(0)  # (T)
+    if both.any():
+        def mean_of(values, chosen):  # over the chosen episodes, (T)
+            return (values * chosen).sum(0) / chosen.sum(0)
+
+        writes = {"counts": mean_of(share, counts), "noise": mean_of(share, ~counts)}
+        ratio = writes["counts"] / writes["noise"]
+        eta_ratio = mean_of(eta, counts) / mean_of(eta, ~counts)
+        figures["selectivity"] = ratio[both].mean().item()
+        figures["eta_selectivity"] = eta_ratio[both].mean().item()
+        figures["writes"] = {kind: values.tolist() for kind, values in writes.items()}
     return figures
 
 def report(row, answers=()):
@@ -139,8 +145,8 @@ def report(row, answers=()):
         yield f"  nearest prototype  {row['prototype']:.5f}   (the encoder alone)"
     yield from answers
     if "gates" in row:
-        yield "  " + "   ".join(f"{key.replace('_', ' ')} {row[key]:.5f}"
-                                for key in GATE_FIGURES if key in row)
+        for key in [key for key in GATE_FIGURES if key in row]:
+            yield f"  {key:18} {row[key]:.5f}   {GATE_FIGURES[key]}"
         yield f"  {'step':14} {'eta':>8} {'norm':>9} {'write':>8}   (means over episodes)"
         gates = row["gates"]
         largest = max(*gates["write"], 1e-12)
@@ -150,14 +156,14 @@ def report(row, answers=()):
 
 def overview(rows):
     """Several runs, a line each."""
-    keys = ("score", "interval", "lesion", *GATE_FIGURES[:4])
+    keys = ("score", "interval", "lesion", "persistence", "cap_share", "change", "selectivity")
     yield f"{'run':32} " + " ".join(f"{key:>11}" for key in keys)
     for row in rows:
         figures = [f"{row[key]:.5f}" if key in row else "-" for key in keys]
         yield f"{row['name'][-32:]:32} " + " ".join(f"{figure:>11}" for figure in figures)
 
 def read_rows(path):
-    """The rows of a file of --append; of two with one name, the later."""
+    """The rows of a file of --append. Of two rows with one name, the later counts."""
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         return list({row["name"]: row for row in rows}.values())
@@ -168,6 +174,7 @@ def append_row(path, row):
     """Add a line to a file: scores in full, all other numbers to four digits."""
     scores = {key: row[key] for key in ("score", "lesion", "prototype") if key in row}
     short = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.4g}"))
+    short["curve"]["val_metric"] = row["curve"]["val_metric"]
     with open(path, "a") as file:
         file.write(json.dumps({**short, **scores}) + "\n")
 
@@ -181,9 +188,9 @@ def plot(rows, path):
         curves = [row["curve"] for row in rows if row["rule"] == rule]
         for curve in curves:
             axes.plot(curve["step"], curve["val_metric"], color=color, linewidth=0.6)
-        scores = [fmean(column) for column in zip(*(curve["val_metric"] for curve in curves))]
-        if scores:
-            axes.plot(curve["step"][:len(scores)], scores, color=color, linewidth=2, label=rule)
+        if curves and all(curve["step"] == curves[0]["step"] for curve in curves):
+            scores = [fmean(column) for column in zip(*(c["val_metric"] for c in curves))]
+            axes.plot(curves[0]["step"], scores, color=color, linewidth=2, label=rule)
     axes.axhline(rows[0]["chance"], color="gray", linestyle="dashed", linewidth=1)
     axes.set(xlabel="update", ylabel=f"validation {rows[0]['metric']}",
              yscale="log" if rows[0]["metric"] == "mse" else "linear")
@@ -196,11 +203,9 @@ def parse_args(argv=None):
                         help="a folder of train.py, or a file of --append")
     add_flags(parser, "options", Options, tasks={})
     given = vars(parser.parse_args(argv))
-    runs = given.pop("runs")
-    options = Options(**given)
-    if options.plot and not importlib.util.find_spec("matplotlib"):
+    if "plot" in given and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs matplotlib: pip install matplotlib")
-    return runs, options
+    return given.pop("runs"), Options(**given)
 
 def main(argv=None):
     with errors_as_one_line():
@@ -217,7 +222,7 @@ def main(argv=None):
                 if options.append:
                     append_row(options.append, row)
         if not rows:
-            fail(f"--only {options.only}: no run in the file has such a name")
+            fail(f"--only {options.only}: no run of the file has such a name")
         if options.plot:
             plot(rows, options.plot)
         print("\n".join(overview(rows) if len(rows) > 1 else report(rows[0], answers)))

@@ -1,7 +1,7 @@
-"""A GPT whose feed-forward layers are plastic, and the encoder by which it sees images.
+"""A GPT whose feed-forward layers are plastic, and the encoder of its images.
 
 Shapes: B episodes, T steps, S steps seen, Q queries, C channels (d_model), H heads,
-D = C / H, E features of an image or a vector, Z outputs of the head.
+D = C / H, E features of an image or a vector, Z outputs of the last layer.
 """
 import math
 from dataclasses import dataclass, field
@@ -15,53 +15,53 @@ from plasticity import PlasticLinear, Plasticity, UnrolledFastWeights
 RULES = ("none", "hebbian", "gradient")
 
 def setting(default, help, low=None, high=1e18, choices=None):
-    """A field of which train.py makes a flag, with this help and these limits."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+    """A field, and its flag (train.add_flags). A number has limits; 1e18 bars infinity."""
+    return field(default=default, metadata=dict(help=help, limits=(low, high), choices=choices))
 
 @dataclass
 class Config:
-    """The settings of a model."""
-    n_layer: int = setting(2, "blocks", 1)
-    n_head: int = setting(4, "attention heads; must divide --d-model", 1)
-    d_model: int = setting(64, "channels", 1)
+    """The settings of a model. train.py passes its own, which have the same names."""
+    n_layer: int = setting(2, "number of blocks", 1)
+    n_head: int = setting(4, "number of attention heads; must divide --d-model", 1)
+    d_model: int = setting(64, "channels of a token", 1)
     d_ff: int = setting(128, "channels inside a feed-forward layer", 1)
-    window: int = setting(0, "steps that a step sees, itself included; 0: all", 0)
+    window: int = setting(0, "number of steps that a step attends to; 0: all", 0)
     filters: int = setting(64, "filters per convolution of the image encoder", 1)
-    rule: str = setting("hebbian", "none: a static GPT", choices=RULES)
-    plastic: str = setting("all", "plastic blocks", choices=("all", "last"))
-    alpha_init: float = setting(80.0, "start of alpha and beta", 0, 1000)
+    rule: str = setting("hebbian", "what is written (none: nothing)", choices=RULES)
+    plastic: str = setting("all", "which blocks are plastic", choices=("all", "last"))
+    alpha_init: float = setting(80.0, "initial value of alpha and beta", 0, 1000)
     eta0: float = setting(0.02, "eta_0, the upper limit of eta_t", 0, 1)
     max_norm: float = setting(1.0, "norm above which a write is scaled down", 1e-9)
     aux_dim: int = setting(4, "auxiliary outputs, for the gradient rule", 0)
-    ablate: str = setting("none", "eta: sigmoid(m_t) is 1; alpha: alpha, beta stay as they "
-                          "start; backward: so does w_out, and no gradient passes writes",
-                          choices=("none", "eta", "alpha", "backward"))
+    ablate: str = setting("none", "eta: sigmoid(m_t) is 1. alpha: alpha and beta are not "
+                          "trained. backward: writes pass no gradient, and alpha, beta and "
+                          "w_out are not trained", choices=("none", "eta", "alpha", "backward"))
 
 class Attention(nn.Module):
-    """Multi-head attention of some steps to earlier ones and to one another."""
+    """Steps attend to earlier steps and to one another, with several heads."""
     def __init__(self, config):
         super().__init__()
         C = config.d_model
         self.n_head = config.n_head
         self.qkv = nn.Linear(C, 3 * C)
         self.proj = nn.Linear(C, C)
-        # Keys start equal to queries: a step first attends to what looks like it.
+        # Queries and keys start with equal weights: similar steps attend to each other.
         with torch.no_grad():
             self.qkv.weight[C:2 * C] = self.qkv.weight[:C]
 
     def forward(self, x, mask, past=None):
-        """x (B, T, C) -> (B, T, C); keys and values (B * H, S, D), with those of the past.
-        mask (T, S) is true where a step may attend."""
+        """x (B, T, C) -> (B, T, C), and the keys and values (B * H, S, D) of all steps
+        so far. mask (T, S) is true where a step may attend."""
         qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B * H, T, D) each
         if past is not None:
             k = torch.cat([past[0], k], dim=1)  # (B * H, S, D)
             v = torch.cat([past[1], v], dim=1)
 
-        # softmax(q kᵀ / sqrt(D)) v. Fused attention has no second derivative.
-        scores = q @ k.mT / math.sqrt(q.size(2))  # (B * H, T, S)
+        # softmax(q kᵀ / sqrt(D)) v; fused attention lacks the gradient rule's 2nd derivative
+        scores = torch.bmm(q, k.mT) / math.sqrt(q.size(2))  # (B * H, T, S)
         weights = scores.masked_fill(~mask, -math.inf).softmax(2)
-        heads = (weights @ v).unflatten(0, (-1, self.n_head))  # (B, H, T, D)
+        heads = torch.bmm(weights, v).unflatten(0, (-1, self.n_head))  # (B, H, T, D)
         return self.proj(heads.transpose(1, 2).flatten(2)), (k, v)
 
 class Block(nn.Module):
@@ -87,20 +87,20 @@ class Block(nn.Module):
         return x + self.down(hidden, fast)
 
 class Transformer(nn.Module):
-    """A plastic Transformer for a task of tasks.py. ValueError for a bad Config."""
+    """A plastic Transformer for a task. ValueError if --n-head does not fit."""
     def __init__(self, task, config):
         super().__init__()
         C = config.d_model
         if C % config.n_head:
-            raise ValueError(f"--n-head {config.n_head}: no divisor of --d-model {C}")
+            raise ValueError(f"--n-head {config.n_head} does not divide --d-model {C}")
         self.config = config
         self.n_out = task.n_out
-        self.fast_weights = UnrolledFastWeights  # FastWeights gives the same, slower.
+        self.fast_weights = UnrolledFastWeights  # FastWeights is the same, slower.
         self.plasticity = Plasticity(config.rule, task.n_out, config.eta0, config.max_norm,
                                      config.aux_dim, config.ablate)
         self.embed = Embed(task, config)
 
-        if task.kind == "token":  # Order is the task: positions are loud.
+        if task.kind == "token":  # Positions start as large as tokens: order matters.
             self.position = nn.Parameter(torch.randn(len(task.step_names), C))
         else:  # All queries share one more position, after the context.
             self.position = nn.Parameter(0.02 * torch.randn(len(task.step_names) + 1, C))
@@ -121,7 +121,7 @@ class Transformer(nn.Module):
         return [layer for layer in layers if layer.plastic]
 
     def forward(self, episodes, write=True):
-        """-> out (B, Q, n_out), without queries (B, T, n_out); the FastWeights or None."""
+        """-> answers (B, Q, n_out), or (B, T, n_out) without queries; FastWeights or None."""
         context, queries = self.embed(episodes)  # (B, T, C); (B, Q, C) or None
         fast = None
         if write and self.config.rule != "none":
@@ -132,13 +132,13 @@ class Transformer(nn.Module):
         return z[..., :self.n_out], fast
 
     def read_context(self, x, fast, write_last):
-        """x (B, T, C) -> z (B, T, Z); the keys and values of each block."""
+        """Read and write step by step: x (B, T, C) -> z (B, T, Z); (keys, values) per block."""
         T = x.size(1)
         x = x + self.position[:T]
         steps = torch.arange(T, device=x.device)
         mask = visible(steps, steps, self.config.window)  # (T, T)
 
-        # No write reaches the first block's attention: all steps attend there at once.
+        # The first attention sees only the input, which no write changes: do all steps.
         x, first_past = self.blocks[0].attend(x, mask)
         past = [first_past] + [None] * (len(self.blocks) - 1)
         if fast is None:  # Without writes, all steps pass all blocks at once.
@@ -146,11 +146,11 @@ class Transformer(nn.Module):
 
         zs = []
         training = torch.is_grad_enabled()
-        # The gradient rule differentiates its internal loss outside training, too.
+        # The gradient rule differentiates its internal loss in evaluation, too.
         with torch.set_grad_enabled(training or self.config.rule == "gradient"):
             for t, x_t in enumerate(x.split(1, dim=1)):  # x_t (B, 1, C)
                 z = self.run_blocks(x_t, mask[t:t + 1, :t + 1], past, fast)  # (B, 1, Z)
-                if t < T - 1 or write_last:
+                if t < T - 1 or write_last:  # Only queries read the last write.
                     fast.write(z)
                 zs.append(z if training else z.detach())
         return torch.cat(zs, dim=1), past
@@ -164,18 +164,16 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
     def answer_queries(self, x, fast, past):
-        """x (B, Q, C) -> z (B, Q, Z). Each query comes alone, after the context."""
+        """x (B, Q, C) -> z (B, Q, Z). Each query comes alone, and writes nothing."""
         T = len(self.position) - 1
-        x = x + self.position[T]
         steps = torch.arange(T, device=x.device)
         query_steps = torch.full((x.size(1),), T, device=x.device)  # (Q)
+        x = x + self.position[query_steps]
         context = visible(query_steps, steps, self.config.window)  # (Q, T)
         itself = torch.eye(x.size(1), dtype=torch.bool, device=x.device)  # (Q, Q)
         mask = torch.cat([context, itself], dim=1)  # (Q, T + Q)
-        for block, keys_and_values in zip(self.blocks, past):
-            x, _ = block.attend(x, mask, keys_and_values)
-            x = block.feed_forward(x, fast)
-        return self.head(self.norm(x))
+        x, _ = self.blocks[0].attend(x, mask, past[0])
+        return self.run_blocks(x, mask, list(past), fast)  # which changes the list
 
 def visible(steps, others, window):
     """May each of the steps (T) attend to each of the others (S)? -> (T, S)."""
@@ -183,11 +181,11 @@ def visible(steps, others, window):
     return (age >= 0) & (age < (window or math.inf))
 
 class Embed(nn.Module):
-    """What a task shows, as tokens (B, T, C). The task's `kind` says how:
+    """What a task shows, as vectors (B, T, C). The task's `kind` says how:
 
     token    a learned vector for each integer
-    vector   linear in [features, value, 0]; a query in [features, 0, 1]
-    image    linear in [normed Conv4, 4 * one-hot label, 0]; a query in [..., 0, 1]
+    vector   a linear map of [features, value, 0], or for a query of [features, 0, 1]
+    image    the same of [normed Conv4 features, 4 * one-hot label or 0, 0 or 1]
     """
     def __init__(self, task, config):
         super().__init__()
@@ -196,16 +194,17 @@ class Embed(nn.Module):
         self.n_out = task.n_out
         if self.kind == "token":
             self.token = nn.Embedding(task.vocab_size, C)
-            nn.init.zeros_(self.token.weight[0])  # Twenty loud blanks drown the items.
+            # Many equal blanks outweigh the few items, so blanks start at 0.
+            nn.init.zeros_(self.token.weight[0])
         elif self.kind == "vector":
             self.linear = nn.Linear(task.n_features + 2, C)
-            # LayerNorm hides the size of x, unless a constant stands beside x.
-            self.linear.bias.data *= task.constant
+            # LayerNorm divides the size of x away. A large bias keeps the size readable.
+            self.linear.bias.data *= task.bias_scale
         else:
             self.encoder = Conv4(*task.image_shape, config.filters)
             self.norm = nn.LayerNorm(self.encoder.d_out)
             self.linear = nn.Linear(self.encoder.d_out + task.n_out + 1, C)
-            if task.n_classes:
+            if task.n_classes:  # for train.encoder_loss() alone
                 self.classes = nn.Linear(self.encoder.d_out, task.n_classes)
 
     def forward(self, episodes):
@@ -217,7 +216,7 @@ class Embed(nn.Module):
         features = self.features(episodes)  # (B, T + Q, E)
         values = episodes.support_y  # (B, T, 1) numbers, or (B, T) labels
         if self.kind == "image":
-            values = 4 * F.one_hot(values, self.n_out)  # (B, T, ways), loud
+            values = 4 * F.one_hot(values, self.n_out)  # (B, T, ways); E features drown a 1
         known = features.new_zeros(*features.shape[:2], values.size(2) + 1)
         known[:, :T, :-1] = values
         known[:, T:, -1] = 1  # marks a query
@@ -228,17 +227,17 @@ class Embed(nn.Module):
         x = torch.cat([episodes.support_x, episodes.query_x], dim=1)
         if self.kind == "vector":
             return x
-        if x.ndim > 3:  # images; else the task embedded them before
+        if x.ndim > 3:  # images, which no FewShot.encode_images() has encoded before
             x = self.encoder(x)
         return self.norm(x)
 
     def answer(self, episodes):
-        """What the encoder alone answers; None in place of FastWeights."""
+        """What the encoder alone answers (B, Q, ways); None in place of FastWeights."""
         return nearest_prototype(self.features(episodes), episodes), None
 
 def nearest_prototype(features, episodes):
-    """(B, T + Q, E) -> 10 times the cosine of each query with the mean of each class's
-    shots (Snell et al. 2017, who compare by distance), (B, Q, ways)."""
+    """Compare each query with the mean of each class's shots, by 10 times the cosine (Snell
+    et al. 2017 compare by distance): features (B, T + Q, E) -> (B, Q, ways)."""
     labels = F.one_hot(episodes.support_y).to(features.dtype)  # (B, T, ways)
     shots, queries = features.tensor_split([labels.size(1)], dim=1)
     prototypes = F.normalize(labels.mT @ shots, dim=2)  # (B, ways, E)

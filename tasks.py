@@ -1,13 +1,13 @@
 """The five tasks of arXiv 2510.21908, each a source of episodes.
 
-An episode shows a context step by step, then asks. A task is a dataclass of its sizes.
-Its sample(split, batch_size, generator) draws episodes. Its loss(out, target) trains a
-model, answer(out, target) reads the outputs, score(out, target) measures each answer.
+An episode shows a context step by step, then asks. A task is a dataclass whose fields
+are the sizes of an episode. sample(split, batch_size, generator) draws episodes, loss(out,
+target) trains a model, and score(out, target) measures each answer. It also has
 
-    kind         "token", "vector" or "image": how model.Embed shows it to a model
-    n_out        outputs per answer
+    kind         "token", "vector" or "image"; model.Embed reads more sizes of each kind
+    n_out        number of outputs per answer
     step_names   what each step of the context is
-    metric       name of the score; `chance` is that of guessing, `perfect` the best
+    metric       the name of the score; `chance`, the score of a guess; `perfect`, the best
 """
 import tempfile
 from dataclasses import dataclass, fields
@@ -19,17 +19,17 @@ from torch.nn import functional as F
 
 from model import setting
 
-# Each split has its own random numbers, and its own sequences (copying) or classes.
+# Splits share no sequence (copying), no class (images) and no random number.
 SPLITS = ("train", "val", "test")
 
 class Episodes(NamedTuple):
-    """B episodes: pairs of x and y, then queries. Copying shows support_x alone."""
+    """B episodes: pairs of x and y, then x alone, the queries. Copying has support_x."""
     support_x: torch.Tensor  # (B, T) tokens, (B, T, E) features or (B, T, ...) images
     support_y: torch.Tensor  # (B, T, 1) values or (B, T) labels; None in copying
     query_x: torch.Tensor  # (B, Q, E) or (B, Q, ...); None in copying
     target: torch.Tensor  # (B, Q, 1) values, (B, Q) labels or (B, L) last tokens
 
-    def to(self, device, rank=0, world=1):  # of `world` processes, the share of one
+    def to(self, device, rank=0, world=1):  # the share of process `rank` of `world`
         return Episodes(*(x if x is None else x[rank::world].to(device) for x in self))
 
 def random_generator(seed, split):
@@ -37,7 +37,7 @@ def random_generator(seed, split):
     return torch.Generator().manual_seed(len(SPLITS) * seed + SPLITS.index(split))
 
 class Classification:
-    """The last L outputs answer: out (B, >= L, n_out), target (B, L)."""
+    """The last L outputs are the answers: out (B, >= L, n_out), target (B, L)."""
     metric = "accuracy"
     perfect = 1.0
 
@@ -45,25 +45,20 @@ class Classification:
         out = out[:, -target.size(1):]  # (B, L, n_out)
         return F.cross_entropy(out.flatten(0, 1), target.flatten())
 
-    def answer(self, out, target):
-        return out[:, -target.size(1):].argmax(-1)  # (B, L)
-
     def score(self, out, target):
-        return (self.answer(out, target) == target).double()  # (B, L)
+        out = out[:, -target.size(1):]
+        return (out.argmax(-1) == target).double()  # (B, L)
 
 class SquaredError:
-    """Every output answers a query: out (B, Q, 1), target (B, Q, 1)."""
+    """Every output is an answer: out (B, Q, 1), target (B, Q, 1)."""
     kind = "vector"
     n_out = 1
     metric = "mse"
     perfect = 0.0
-    constant = 1.0  # how loud a constant is beside the features, see model.Embed
+    bias_scale = 1.0  # model.Embed says what for
 
     def loss(self, out, target):
         return F.mse_loss(out, target)
-
-    def answer(self, out, target):
-        return out  # (B, Q, 1)
 
     def score(self, out, target):
         return (out - target).double().square().squeeze(2)  # (B, Q)
@@ -76,7 +71,7 @@ class Copy(Classification):
     shown   4 8 3 2 1 | 0 ..  0 |  9 |  0  0  0  0  0
     asked             |         |    |  4  8  3  2  1
 
-    An item is recalled after 26 steps; two layers with a window of 8 reach back 14.
+    A recall comes 26 steps after its item; two layers with a window of 8 see 14 back.
     """
     kind = "token"
     seq_len: int = setting(5, "tokens to remember", 2)
@@ -90,22 +85,21 @@ class Copy(Classification):
         self.step_names += ["delimiter"] + ["recall"] * self.seq_len
 
     def sample(self, split, batch_size, generator):
-        L = self.seq_len
-        V = self.vocab_size
-        split_of_sum = torch.tensor([0, 0, 0, 1, 2])  # of the items' sum modulo 5
-        items = torch.zeros(batch_size, L, dtype=torch.long)  # (B, L)
+        split_of_sum = torch.tensor([0, 0, 0, 1, 2])  # by the sum of the items modulo 5
+        items = torch.zeros(batch_size, self.seq_len, dtype=torch.long)  # (B, L)
         wrong = torch.ones(batch_size, dtype=torch.bool)  # (B): of another split
         while wrong.any():
-            items[wrong] = torch.randint(1, V - 1, (wrong.sum(), L), generator=generator)
+            size = (wrong.sum(), self.seq_len)
+            items[wrong] = torch.randint(1, self.vocab_size - 1, size, generator=generator)
             wrong = split_of_sum[items.sum(1) % 5] != SPLITS.index(split)
 
-        context = F.pad(items, (0, self.delay + 1 + L))  # (B, T)
-        context[:, L + self.delay] = V - 1
+        context = F.pad(items, (0, self.delay + 1 + self.seq_len))  # (B, T)
+        context[:, self.seq_len + self.delay] = self.vocab_size - 1
         return Episodes(context, None, None, items)
 
 @dataclass
 class Cue(SquaredError):
-    """Pairs of a one-hot cue and a reward in [0, 1]; then all cues, in random order.
+    """Pairs of a one-hot cue and a reward in [0, 1]; then their cues, in random order.
 
     step      0     1    ..   7    | queries
     cue      13     4    ..  19    |   4    19   ..   13
@@ -122,7 +116,7 @@ class Cue(SquaredError):
         if self.pairs > self.cues:
             raise ValueError(f"--pairs {self.pairs} is over --cues {self.cues}")
         self.n_features = self.cues + 1 if self.noise else self.cues
-        self.chance = 1 / 12
+        self.chance = 1 / 12  # the variance of a reward: the error of answering 0.5
         self.step_names = ["pair"] * (self.pairs + self.noise)
 
     def sample(self, split, batch_size, generator):
@@ -133,7 +127,7 @@ class Cue(SquaredError):
         reward = torch.rand(*cues.shape, 1, generator=generator)  # (B, T, 1)
 
         x = torch.eye(self.cues, self.n_features)[cues]  # (B, T, E)
-        x[:, :N, self.cues:] = 1.0  # marks the pairs that count, if there is noise
+        x[:, :N, self.cues:] = 1.0  # the feature that there is with noise
         query_x, target = shuffle(generator, x[:, :N], reward[:, :N])  # (B, N, ...)
         if self.noise:
             x, reward = shuffle(generator, x, reward)
@@ -153,12 +147,12 @@ class Regression(SquaredError):
     """
     dim: int = setting(3, "inputs", 1)
     support: int = setting(10, "pairs of x and y shown", 1)
-    queries: int = setting(10, "x (per class: images) that are asked for", 1)
-    constant = 4.0
+    queries: int = setting(10, "queries per episode", 1)
+    bias_scale = 4.0
 
     def __post_init__(self):
         self.n_features = self.dim
-        self.chance = self.dim + 1.0  # the mean of y²: the error of answering 0
+        self.chance = self.dim + 1.0  # the variance of y: the error of answering 0
         self.step_names = ["pair"] * self.support
 
     def sample(self, split, batch_size, generator):
@@ -178,14 +172,14 @@ class FewShot(Classification):
     label     2     0     1     4     3  |    ?      ?   ..
     asked                                |    0      2   ..
 
-    Splits have different classes. In every episode, classes get new labels.
+    Splits have different classes. An episode draws its classes and their labels.
     """
     kind = "image"
     task: str  # "cifarfs" or "omniglot"
     data_dir: str
     ways: int = setting(5, "classes per episode", 1)
     shots: int = setting(1, "labelled images per class", 1)
-    queries: int = setting(5, "images asked for their label, per class", 1)
+    queries: int = setting(5, "queries per episode; of images, per class", 1)
 
     def __post_init__(self):
         self.images, self.class_ids = load_pack(self.data_dir, self.task)
@@ -200,53 +194,54 @@ class FewShot(Classification):
         self.step_names = ["image"] * (self.ways * self.shots)
         # On CIFAR-FS, pretraining also learns to name the training classes.
         self.n_classes = len(self.class_ids["train"]) if self.task == "cifarfs" else 0
-        self.embedded = {}  # split: (classes, images, E), after embed()
+        self.features = {}  # split: (classes, images, E), after encode_images()
 
     def sample(self, split, batch_size, generator, sizes=None):
         """Episodes of `sizes` (ways, shots, queries), or of the task's own."""
         N, K, Q = sizes or (self.ways, self.shots, self.queries)
         n_classes = len(self.class_ids[split])
         classes = torch.rand(batch_size, n_classes, generator=generator).argsort(dim=1)
-        if N == n_classes:  # Where an episode has all classes, each keeps its label.
+        if N == n_classes:  # Pretraining on CIFAR-FS names the classes: labels stay.
             classes = torch.arange(N).expand(batch_size, N)
         n_images = self.images.size(1)
         images = torch.rand(batch_size, N, n_images, generator=generator).argsort(dim=2)
         classes = classes[:, :N, None].expand_as(images)  # (B, N, images)
         labels = torch.arange(N)[:, None].expand_as(images)
+        # a row per image: its class, its number in the class, its label
         table = torch.stack([classes, images, labels], dim=3)  # (B, N, images, 3)
-        support, = shuffle(generator, table[:, :, :K].flatten(1, 2))  # (B, N * K, 3)
-        query, = shuffle(generator, table[:, :, K:K + Q].flatten(1, 2))  # (B, N * Q, 3)
+        [support] = shuffle(generator, table[:, :, :K].flatten(1, 2))  # (B, N * K, 3)
+        [query] = shuffle(generator, table[:, :, K:K + Q].flatten(1, 2))  # (B, N * Q, 3)
         support_x = self.take(split, support, generator)
         query_x = self.take(split, query, generator)
         return Episodes(support_x, support[..., 2], query_x, query[..., 2])
 
     def take(self, split, chosen, generator):
-        """The images (B, M, ...) of `chosen` (B, M, 3): class, image, label."""
+        """The images (B, M, ...) in the rows `chosen` (B, M, 3) of the table."""
         classes, images, _ = chosen.unbind(2)
-        if split in self.embedded:
-            return self.embedded[split][classes, images]  # (B, M, E)
+        if split in self.features:
+            return self.features[split][classes, images]  # (B, M, E)
         x = self.images[self.class_ids[split][classes], images]
         if split == "train":
             x = distort(x, generator) if self.task == "omniglot" else shift(x, generator)
         return x  # (B, M, channels, size, size)
 
     @torch.no_grad()
-    def embed(self, split, encoder, device):
-        """From now on, show each image by its mean embedding with its mirror image."""
-        if self.task == "cifarfs":  # Omniglot's images are distorted anew each time.
+    def encode_images(self, split, encoder, device):
+        """From now on, show each image as the mean feature of it and its mirror image."""
+        if self.task == "cifarfs":  # Omniglot's training images change each time.
             means = []
             for images in self.images[self.class_ids[split]].to(device):  # of a class
                 means.append((encoder(images) + encoder(images.flip(-1))) / 2)
-            self.embedded[split] = torch.stack(means).cpu()  # (classes, images, E)
+            self.features[split] = torch.stack(means).cpu()  # (classes, images, E)
 
-# The defaults of each task: more updates than any seed needs to learn it.
-IMAGES = dict(batch_size=16, lr=1e-3, d_model=128, d_ff=256)
+# Class and defaults of each task (always steps, lr): more updates than a seed needs.
+FEW_SHOT = dict(batch_size=16, lr=1e-3, d_model=128, d_ff=256)
 TASKS = {"copy": (Copy, dict(steps=140, lr=8e-3)),
          "cue": (Cue, dict(steps=400, lr=3e-3, alpha_init=20.0)),
          "regression": (Regression, dict(steps=2000, lr=2e-3, n_layer=4, queries=50)),
-         "cifarfs": (FewShot, dict(IMAGES, steps=1000, pretrain_steps=7000)),
-         "omniglot": (FewShot, dict(IMAGES, steps=2000, pretrain_steps=3000))}
-# Ways, shots and queries of pretraining; CIFAR-FS has 64 training classes.
+         "cifarfs": (FewShot, dict(FEW_SHOT, steps=1000, pretrain_steps=7000)),
+         "omniglot": (FewShot, dict(FEW_SHOT, steps=2000, pretrain_steps=3000))}
+# Ways, shots and queries of pretraining. On CIFAR-FS, ways must be all 64 classes.
 PRETRAINING = {"cifarfs": (64, 1, 1), "omniglot": (60, 1, 2)}
 
 def make_task(args):
@@ -255,7 +250,7 @@ def make_task(args):
     return task(**{field.name: args[field.name] for field in fields(task)})
 
 def shuffle(generator, *tensors):
-    """Tensors (B, N, ...) -> each row's N in a random order, one for all tensors."""
+    """Put the N of each episode into a random order, one for all tensors (B, N, ...)."""
     order = torch.rand(tensors[0].shape[:2], generator=generator).argsort(dim=1)
     rows = torch.arange(len(order))[:, None]  # (B, 1)
     return [tensor[rows, order] for tensor in tensors]
@@ -263,11 +258,11 @@ def shuffle(generator, *tensors):
 def distort(images, generator):
     """Images (..., channels, size, size), each turned, scaled and moved a little."""
     flat = images.flatten(0, -4)  # (N, channels, size, size)
-    u = torch.rand(4, len(flat), generator=generator) * 2 - 1  # (4, N) in [-1, 1]
-    angle = torch.deg2rad(10 * u[0])  # (N)
-    cos = (1 + 0.15 * u[1]) * angle.cos()
-    sin = (1 + 0.15 * u[1]) * angle.sin()
-    right, down = 0.15 * u[2:]
+    random = torch.rand(4, len(flat), generator=generator) * 2 - 1  # (4, N) in [-1, 1]
+    angle = torch.deg2rad(10 * random[0])  # (N)
+    cos = (1 + 0.15 * random[1]) * angle.cos()  # scaled by up to 15%
+    sin = (1 + 0.15 * random[1]) * angle.sin()
+    right, down = 0.15 * random[2:]
     theta = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, flat.shape, align_corners=False)
     moved = F.grid_sample(flat.float(), grid, align_corners=False)
@@ -281,7 +276,7 @@ def shift(images, generator):
     x = torch.where(mirrored, x.flip(-1), x)
     x = F.pad(x, (2, 2, 2, 2))  # black
     x = x.unfold(2, size, 1).unfold(3, size, 1)  # (N, channels, 5, 5, size, size)
-    down, right = torch.randint(5, (2, len(x)), generator=generator)  # (N) each
+    down, right = torch.randint(5, (2, len(x)), generator=generator)  # a window each
     return x[torch.arange(len(x)), :, down, right].view_as(images)
 
 # CIFAR-100 by class, split as by Bertinetto et al. 2019: all other classes train.
@@ -304,7 +299,7 @@ def load_pack(data_dir, name):
             pack = pack_cifar100 if name == "cifarfs" else pack_omniglot
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 torch.save(pack(folder), f"{folder}/pack")
-                Path(folder, "pack").replace(path)  # It is whole, or not there.
+                Path(folder, "pack").replace(path)  # Last, so no half file is left.
         images, classes = torch.load(path, weights_only=True, mmap=True).values()
         if images.dtype != torch.uint8 or images.shape != shape or len(classes) != shape[0]:
             raise ValueError(f"not {shape} images in bytes")
@@ -317,8 +312,8 @@ def load_pack(data_dir, name):
         raise ValueError(f"no {name} in {path} ({error!r}): check the network and --data-dir, "
                          "and delete the file, to download it again") from error
 
-    # Omniglot: the background set trains, but its last five alphabets validate; the
-    # evaluation set tests. In training, quarter-turns of a character are classes.
+    # Omniglot goes on here: the background set trains, but its last five alphabets
+    # validate; the evaluation set tests. In training, each quarter-turn is a class.
     turns = torch.cat([images.rot90(k, (-2, -1)) for k in range(4)])
     train = torch.cat([torch.arange(813) + k * len(images) for k in range(4)])
     return turns, {"train": train, "val": torch.arange(813, 964),

@@ -6,8 +6,8 @@
     python train.py --resume --out-dir out/copy-hebbian-s0  # go on after a stop
     python eval.py out/copy-hebbian-s0                      # measure the model
 
---out-dir gets metrics.jsonl (a line per evaluation), ckpt.pt (where --resume goes on)
-and best.pt (the model that was best in validation).
+--out-dir gets metrics.jsonl (a line per evaluation), best.pt (the model that was best in
+validation) and ckpt.pt (the state after each evaluation, from which --resume continues).
 """
 import argparse
 import contextlib
@@ -44,13 +44,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class Training:
     """The settings of a run, besides those of model.Config and of its task (tasks.py)."""
     task: str = setting("copy", "what to learn", choices=tuple(TASKS))
-    steps: int = setting(None, "updates", 1)
+    steps: int = setting(None, "number of updates", 1)
     batch_size: int = setting(32, "episodes per update", 1)
     lr: float = setting(None, "peak learning rate (warm-up, then cosine)", 1e-12, 1)
-    pretrain_steps: int = setting(0, "updates of the image encoder alone", 0)
+    pretrain_steps: int = setting(0, "updates of the image encoder alone, before", 0)
     seed: int = setting(0, "seed of everything random", 0, 2**60)
     device: str = setting(DEVICE, "where to compute", choices=("cpu", "cuda"))
-    threads: int = setting(1, "CPU threads; more make small operations slower", 1)
+    threads: int = setting(1, "CPU threads; more slow small operations down", 1)
     out_dir: str = setting(None, "folder of the run (default: out/TASK-RULE-sSEED)")
     data_dir: str = setting("data", "folder of the images, downloaded if need be")
     eval_interval: int = setting(None, "updates per evaluation (default: a tenth)", 1)
@@ -58,25 +58,23 @@ class Training:
 def train(args, task, model, optimizer, generator, run, device, rank, world):
     """The one training loop, for every task and rule. It goes on after run["step"].
 
-    Updates up to 0 pretrain the image encoder alone, if there are any; those from 1 on train
-    the whole model. Of `world` processes, the one of rank 0 writes the files.
+    `run` is what a checkpoint keeps of the run so far. Step 1 is the first update of the
+    whole model. The updates that pretrain an image encoder alone come before: their steps
+    are 1 - pretrain_steps to 0. Of `world` processes, the one of rank 0 writes the files.
     """
     start = time.time() - run["seconds"]
-    if run["step"] >= 1:
-        start_reader(args, task, model, device)
     for step in range(run["step"] + 1, args.steps + 1):
         if step == 1:
-            start_reader(args, task, model, device)
+            freeze_encoder(args, task, model, device)
             optimizer.state.clear()  # AdamW forgets the pretraining.
 
-        pretraining = step <= 0
-        if pretraining:
+        if step <= 0:
             model.train()
             loss = encoder_loss(args, task, model, generator, device)
             lr = PRETRAIN_LR * schedule(step + args.pretrain_steps, args.pretrain_steps)
             interval = PRETRAIN_INTERVAL
         else:
-            model.train(not args.pretrain_steps)  # A frozen batch norm stays the same.
+            model.train(not args.pretrain_steps)  # A frozen batch norm must not change.
             episodes = task.sample("train", args.batch_size, generator)
             episodes = episodes.to(device, rank, world)
             out, _ = model(episodes)
@@ -94,7 +92,7 @@ def train(args, task, model, optimizer, generator, run, device, rank, world):
             save_checkpoint(run, args, model, optimizer, generator)
 
 def encoder_loss(args, task, model, generator, device):
-    """Pretraining: which prototype is nearest? On CIFAR-FS also: which class is it?"""
+    """Pretraining: find the nearest prototype, and on CIFAR-FS name the class, too."""
     episodes = task.sample("train", 1, generator, PRETRAINING[args.task]).to(device)
     features = model.embed.features(episodes)  # (1, T + Q, E)
     loss = task.loss(nearest_prototype(features, episodes), episodes.target)
@@ -103,12 +101,12 @@ def encoder_loss(args, task, model, generator, device):
         loss = loss + task.loss(model.embed.classes(features), labels)
     return loss
 
-def start_reader(args, task, model, device):
-    """Freeze a pretrained encoder, and embed the images that stay the same."""
+def freeze_encoder(args, task, model, device):
+    """Freeze a pretrained encoder, and encode images once where they never change."""
     if args.pretrain_steps:
         model.embed.encoder.requires_grad_(False).eval()
         for split in ("train", "val"):
-            task.embed(split, model.embed.encoder, device)
+            task.encode_images(split, model.embed.encoder, device)
 
 def schedule(step, steps):
     """The share of the peak learning rate: a linear warm-up, times a cosine to 5%."""
@@ -117,7 +115,7 @@ def schedule(step, steps):
     return warmup * (0.05 + 0.95 * cosine)
 
 def update(loss, optimizer, lr, world=1):
-    """One update by a batch's loss -> its value. FloatingPointError if not finite."""
+    """Update the model by a batch's loss -> its value. FloatingPointError if infinite."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -135,9 +133,9 @@ def update(loss, optimizer, lr, world=1):
     return loss.item()
 
 def validate(run, args, task, model, device):
-    """Evaluate on validation episodes, which stay the same. Log it, and save the best."""
+    """Evaluate on the same validation episodes each time; log the scores, save the best."""
     step = run["step"]
-    answer = model if step > 0 else model.embed.answer
+    answer = model if step > 0 else model.embed.answer  # in pretraining, the encoder
     result = evaluate(answer, task, "val", args, EVAL_EPISODES, device)
     loss = result["losses"].mean().item()
     score = result["scores"].mean().item()
@@ -151,13 +149,13 @@ def validate(run, args, task, model, device):
           f"after {run['seconds']:.0f} s", flush=True)
     if step > 0 and abs(score - task.perfect) <= abs(run["best"] - task.perfect):
         run["best"] = score
-        save_state(Path(args.out_dir) / "best.pt", args=vars(args), step=step,
-                   model=model.state_dict())
+        best = dict(args=vars(args), step=step, model=model.state_dict())
+        save(Path(args.out_dir) / "best.pt", best)
 
 @torch.no_grad()
 def evaluate(answer, task, split, options, n, device):
-    """How a model, or a function like it, answers n episodes: losses (n, 1), scores (n, L),
-    and where they exist asked_steps (n, L) and gates (3, n, T): eta_t, n_t, a write's change."""
+    """Let a model, or a function like one, answer n episodes -> losses (n, 1), scores (n, L),
+    asked_steps (n, L) if known, and gates (3, n, T): eta_t, n_t and the change per write."""
     generator = random_generator(options.seed, split)
     parts = defaultdict(list)
     for start in range(0, n, options.batch_size):
@@ -171,10 +169,10 @@ def evaluate(answer, task, split, options, n, device):
         if fast is not None:
             gates = [torch.cat(gate, 1) for gate in (fast.eta, fast.norm, fast.change)]
             parts["gates"].append(torch.stack(gates).double())
-    return {name: torch.cat(tensors, dim=-2).cpu() for name, tensors in parts.items()}
+    return {name: torch.cat(part, dim=-2).cpu() for name, part in parts.items()}  # along n
 
 def summarize(run, args, task):
-    """Print how long the run took, when it had learned, and what to do next."""
+    """Print how long the run took, when its score came near perfect, and what is next."""
     tolerance = abs(task.chance - task.perfect) / 20 + 1e-9  # 5%, and rounding
     learned = [line["step"] for line in run["log"]
                if line["step"] > 0 and abs(line["val_metric"] - task.perfect) <= tolerance]
@@ -184,15 +182,15 @@ def summarize(run, args, task):
 
 @torch.no_grad()
 def show(model, task, split, device, n=3):
-    """n episodes as lines: shown, right, answered, and answered without writes."""
+    """n episodes as lines; a lesioned model is one that writes nothing."""
     episodes = task.sample(split, n, random_generator(0, split)).to(device)
     shown = episodes.support_x if episodes.support_y is None else episodes.support_y
     lines = {"shown": shown, "right": episodes.target}
-    out, fast = model.eval()(episodes)
-    lines["answered"] = task.answer(out, episodes.target)
-    if fast is not None:
-        out, _ = model(episodes, write=False)
-        lines["lesioned"] = task.answer(out, episodes.target)
+    for name, write in (("answered", True), ("lesioned", False)):
+        if write or model.config.rule != "none":
+            out, _ = model.eval()(episodes, write)
+            out = out[:, -episodes.target.size(1):]
+            lines[name] = out if episodes.target.is_floating_point() else out.argmax(-1)
     for b in range(n):
         for name, values in lines.items():
             numbers = values[b].flatten().tolist()
@@ -213,11 +211,10 @@ def begin(args):
     device, rank, world = prepare(args)
     torch.manual_seed(args.seed)
     folder = Path(args.out_dir)
+    if rank == 0 and not args.resume and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} has files: --resume goes on with a run, or remove the folder")
     if args.resume:
         state, task, model = load_run(folder / "ckpt.pt", vars(args))
-    elif (folder / "ckpt.pt").exists() and not args.overwrite and rank == 0:
-        raise ValueError(f"{folder}/ckpt.pt is there: --resume goes on with it, "
-                         "--overwrite replaces it")
     else:
         task = make_task(vars(args))
         model = Transformer(task, args)
@@ -231,12 +228,12 @@ def begin(args):
         run = state["run"]
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
+        if run["step"] >= 1:
+            freeze_encoder(args, task, model, device)
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         if not args.resume:
-            for name in ("best.pt", "metrics.jsonl"):  # of an older run
-                (folder / name).unlink(missing_ok=True)
             save_checkpoint(run, args, model, optimizer, generator)
         slow = sum(parameter.numel() for parameter in model.parameters())
         fast = sum(p.weight.numel() + p.bias.numel() for p in model.plastic_layers())
@@ -250,32 +247,31 @@ def begin(args):
         summarize(run, args, task)
 
 # ------ Flags, files, devices, torchrun: nothing below is about learning. ------
-CHANGEABLE = ("resume", "overwrite", "out_dir", "data_dir", "device", "threads",
-              "steps", "lr", "batch_size", "eval_interval")  # when a run goes on
+CHANGEABLE = ("resume", "out_dir", "data_dir", "device", "threads", "steps", "lr", "batch_size",
+              "eval_interval")  # the settings that --resume may change
 
 def parse_args(argv=None):
     """All settings of a run: those given, else those to resume, else the defaults."""
     parser = new_parser(__doc__, "python train.py [--task TASK] [--rule RULE] [flags]")
-    for flag, text in (("--resume", "go on with the run"), ("--overwrite", "replace it")):
-        parser.add_argument(flag, action="store_true", help=f"{text} in --out-dir")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
     add_flags(parser, "training", Training)
     add_flags(parser, "model and plasticity", Config)
-    for name, (task, _) in TASKS.items():
-        add_flags(parser, f"episodes of {name}", task)
+    for task in dict.fromkeys(task for task, _ in TASKS.values()):
+        add_flags(parser, f"episodes of {task.__name__}", task)
     given = vars(parser.parse_args(argv))
 
     settings = defaults(given.get("task", "copy"), given.get("rule", "hebbian"))
     settings["out_dir"] = "out/{task}-{rule}-s{seed}".format(**{**settings, **given})
     if "resume" in given:
-        folder = given.get("out_dir", settings["out_dir"])
-        state, _, _ = load_run(Path(folder) / "ckpt.pt")
-        settings = {**state["args"], "out_dir": folder}
+        path = Path(given.get("out_dir", settings["out_dir"]), "ckpt.pt")
+        state, _, _ = load_run(path, {name: given[name] for name in CHANGEABLE if name in given})
+        settings = {**state["args"], "out_dir": str(path.parent)}
     for name, value in given.items():
         flag = f"--{name}".replace("_", "-")
         if "resume" in given and name not in CHANGEABLE and value != settings.get(name):
             raise ValueError(f"{flag} {value}: --resume cannot change it")
         if name not in settings:
-            raise ValueError(f"{flag} {value}: no size of {settings['task']}")
+            raise ValueError(f"{flag} {value}: {settings['task']} has no such size")
     args = argparse.Namespace(**{**settings, **given})
     if args.pretrain_steps and args.task not in PRETRAINING:
         raise ValueError(f"--pretrain-steps: {args.task} has no encoder to pretrain")
@@ -284,13 +280,13 @@ def parse_args(argv=None):
 def defaults(task, rule):
     """All settings of a run of this task and rule that is told nothing else."""
     task_class, task_defaults = TASKS[task]
-    settings = {"resume": False, "overwrite": False}
-    for group in (task_class, Config, Training):
+    settings = {"resume": False}
+    for group in (task_class, Config, Training):  # Training last: its data_dir counts.
         settings.update({field.name: field.default for field in fields(group)})
     return {**settings, **task_defaults, "task": task, "rule": rule}
 
 def new_parser(description, usage):
-    """A parser of what is given. Of two flags with one name, the later one counts."""
+    """A parser that returns the flags given. A later flag replaces one of its name."""
     parser = argparse.ArgumentParser(
         description=description, usage=usage, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, conflict_handler="resolve",
@@ -304,11 +300,11 @@ def add_flags(parser, title, settings, tasks=TASKS):
     for field in fields(settings):
         if not field.metadata:
             continue
-        values = [] if field.default is None else [str(field.default)]
+        shown = [] if field.default is None else [str(field.default)]
         for name, (_, task_defaults) in tasks.items():
             if field.name in task_defaults:
-                values.append(f"{name} {task_defaults[field.name]}")
-        default = f" (default: {', '.join(values)})" if values else ""
+                shown.append(f"{name} {task_defaults[field.name]}")
+        default = f" (default: {', '.join(shown)})" if shown else ""
         choices = field.metadata["choices"]
         group.add_argument(f"--{field.name}".replace("_", "-"), type=limited(field),
                            choices=choices, help=field.metadata["help"] + default,
@@ -316,8 +312,7 @@ def add_flags(parser, title, settings, tasks=TASKS):
 
 def limited(field):
     """An argparse type: a text, or a number within the limits of a setting."""
-    low = field.metadata["low"]
-    high = field.metadata["high"]
+    low, high = field.metadata["limits"]
 
     def number(text):
         value = field.type(text)
@@ -341,12 +336,16 @@ def errors_as_one_line():
     except (ValueError, OSError, FloatingPointError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
-        if "memory" in repr(error).lower():
+        if isinstance(error, MemoryError) or "allocate" in str(error):
             fail("out of memory: lower --batch-size, --d-model, --d-ff or --n-layer")
         raise
 
 def save(path, content):
-    """Write bytes beside the file, then rename: no file is ever half."""
+    """Write bytes, or a dict by torch.save, beside the file, then rename: none is ever half."""
+    if isinstance(content, dict):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getvalue()
     temporary = Path(f"{path}.tmp")
     try:
         temporary.write_bytes(content)
@@ -355,14 +354,10 @@ def save(path, content):
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from error
 
-def save_state(path, **state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    save(path, buffer.getvalue())
-
 def save_checkpoint(run, args, model, optimizer, generator):
-    save_state(Path(args.out_dir) / "ckpt.pt", run=run, args=vars(args), model=model.state_dict(),
-               optimizer=optimizer.state_dict(), generator=generator.get_state())
+    state = dict(run=run, args=vars(args), model=model.state_dict(),
+                 optimizer=optimizer.state_dict(), generator=generator.get_state())
+    save(Path(args.out_dir) / "ckpt.pt", state)
 
 def load_run(path, changes=()):
     """-> checkpoint, task, model, with some settings changed. ValueError if it fails."""
@@ -378,7 +373,7 @@ def load_run(path, changes=()):
         raise ValueError(f"{path} does not load ({reason}): name a run of train.py")
 
 def prepare(args):
-    """-> the device; this process's rank and number of processes under torchrun."""
+    """-> the device, the rank of this process and the number of processes (torchrun)."""
     torch.set_num_threads(args.threads)
     if sys.platform == "linux":  # Mapping large blocks anew each time costs a third.
         libc = ctypes.CDLL("libc.so.6")
@@ -390,10 +385,10 @@ def prepare(args):
     if world == 1:
         return torch.device(args.device), 0, 1
     if args.batch_size % world:
-        raise ValueError(f"--batch-size {args.batch_size}: not for {world} processes")
+        raise ValueError(f"--batch-size {args.batch_size}: no multiple of {world} processes")
     torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    device = torch.device(args.device, int(os.environ["LOCAL_RANK"]))
-    return device, torch.distributed.get_rank(), world
+    rank = torch.distributed.get_rank()
+    return torch.device(args.device, int(os.environ["LOCAL_RANK"])), rank, world
 
 if __name__ == "__main__":
     main()
