@@ -27,7 +27,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import SkipTest, TestCase, mock
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # On a CPU numbers repeat, and CUDA hinders fork.
+os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")  # CUDA hinders fork.
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.nn import functional as F
