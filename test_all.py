@@ -560,6 +560,43 @@ def assert_same_run(one, other):
     torch.testing.assert_close(*states, rtol=0, atol=0)
     assert log_of(one) == log_of(other)
 
+def test_commands_from_outside():
+    folder = new_folder()
+    shell = subprocess.getstatusoutput
+    python = f"cd {folder} && PYTHONUNBUFFERED= {sys.executable} {HERE}"
+    status, output = shell(f"{python}/train.py {TINY_COPY} --rule none --steps 2 2> /dev/null")
+    assert status == 0 and "on cpu" in output, output
+    run = "out/copy-none-s0"
+    assert {*os.listdir(folder / run)} == {"best.pt", "ckpt.pt", "metrics.jsonl"}
+    assert shell(f"{python}/eval.py {run} | true") == (0, ""), "an error, as the reader has left"
+    status, output = shell(f"{python}/eval.py out/nowhere > /dev/null")
+    assert status == 2 and re.fullmatch("error: out/nowhere/best.pt does not load.*", output)
+    output = call(train, f"{TINY_COPY} --rule none --steps 1 --out-dir '{folder}/a b'")
+    assert output.endswith(f"python eval.py '{folder}/a b'\n")
+
+def test_make_it_your_own():
+    copy = new_folder()
+    (copy / "results").mkdir()
+    for path in [*HERE.glob("*.py"), *HERE.glob("results/*.py")]:
+        shutil.copy(path, copy / path.relative_to(HERE))
+    section = (HERE / "README.md").read_text().split("## Make it your own")[1]
+    rule, task, *programs = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    branch = '        if self.rule == "gradient":\n'
+    for file, old, new in (("plasticity.py", branch, rule + branch),
+                           ("model.py", '"gradient")\n', '"gradient", "delta")\n')):
+        source = (copy / file).read_text()
+        assert source.count(old) == 1, file
+        (copy / file).write_text(source.replace(old, new))
+    (copy / "tasks.py").write_text((copy / "tasks.py").read_text() + task)
+    checks = f"""from {Path(__file__).stem} import *
+for task in (Copy(2, 2, 5), Cue(4, 6)):
+    check_against_oracle(task, "delta", fold=2)
+for argv in ("--task sine --rule delta", "--window 8 --out-dir out/short"):
+    train.main(f"{{argv}} --steps 2 --batch-size 2".split())"""
+    (copy / "all.py").write_text("\n".join([checks, *programs]))
+    status, output = subprocess.getstatusoutput(f"cd {copy} && {sys.executable} all.py")
+    assert status == 0 and "sine, rule delta" in output, output
+
 def test_fast_weights_learn_and_are_used():
     argv = (f"{TINY} --task cue --pairs 2 --cues 3 --window 1 --steps 120 --lr 1e-2 "
             "--batch-size 16 --d-model 32 --d-ff 32 --n-layer 1")
@@ -1010,44 +1047,7 @@ def test_flags_are_explained():
     unknown = named - {*flags, *known_flags(evaluation), "--standalone", "--nproc_per_node"}
     assert not unknown, f"the README knows flags that nobody has: {sorted(unknown)}"
 
-def test_commands_from_outside():
-    folder = new_folder()
-    shell = subprocess.getstatusoutput
-    python = f"cd {folder} && PYTHONUNBUFFERED= {sys.executable} {HERE}"
-    status, output = shell(f"{python}/train.py {TINY_COPY} --rule none --steps 2 2> /dev/null")
-    assert status == 0 and "on cpu" in output, output
-    run = "out/copy-none-s0"
-    assert {*os.listdir(folder / run)} == {"best.pt", "ckpt.pt", "metrics.jsonl"}
-    assert shell(f"{python}/eval.py {run} | true") == (0, ""), "an error, as the reader has left"
-    status, output = shell(f"{python}/eval.py out/nowhere > /dev/null")
-    assert status == 2 and re.fullmatch("error: out/nowhere/best.pt does not load.*", output)
-    output = call(train, f"{TINY_COPY} --rule none --steps 1 --out-dir '{folder}/a b'")
-    assert output.endswith(f"python eval.py '{folder}/a b'\n")
-
 # ------ 6. The pages of results ------
-def test_make_it_your_own():
-    copy = new_folder()
-    (copy / "results").mkdir()
-    for path in [*HERE.glob("*.py"), *HERE.glob("results/*.py")]:
-        shutil.copy(path, copy / path.relative_to(HERE))
-    section = (HERE / "README.md").read_text().split("## Make it your own")[1]
-    rule, task, *programs = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    branch = '        if self.rule == "gradient":\n'
-    for file, old, new in (("plasticity.py", branch, rule + branch),
-                           ("model.py", '"gradient")\n', '"gradient", "delta")\n')):
-        source = (copy / file).read_text()
-        assert source.count(old) == 1, file
-        (copy / file).write_text(source.replace(old, new))
-    (copy / "tasks.py").write_text((copy / "tasks.py").read_text() + task)
-    checks = f"""from {Path(__file__).stem} import *
-for task in (Copy(2, 2, 5), Cue(4, 6)):
-    check_against_oracle(task, "delta", fold=2)
-for argv in ("--task sine --rule delta", "--window 8 --out-dir out/short"):
-    train.main(f"{{argv}} --steps 2 --batch-size 2".split())"""
-    (copy / "all.py").write_text("\n".join([checks, *programs]))
-    status, output = subprocess.getstatusoutput(f"cd {copy} && {sys.executable} all.py")
-    assert status == 0 and "sine, rule delta" in output, output
-
 def seeds(values, key="score", first=0, **figures):  # rows of a cell, of seeds from `first` on
     row = dict(metric="accuracy", episodes=600, updates=500, score=0.5, learned=9) | figures
     return [{**row, "seed": seed, key: value} for seed, value in enumerate(values, first)]
