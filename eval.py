@@ -19,7 +19,7 @@ from statistics import fmean
 
 import torch
 
-from model import setting
+from model import Transformer, setting
 from train import (DEVICE, add_flags, defaults, errors_as_one_line, evaluate, fail, load_run,
                    new_parser, prepare, show)
 
@@ -36,11 +36,14 @@ class Options:
     data_dir: str = setting("data", "folder of the images, downloaded if need be")
 
 GATE_FIGURES = {  # means over test episodes and steps
+    "gate": "sigmoid(m_t), what the model decides of eta_t",
     "persistence": "eta_t / eta_0: the larger, the more a step writes and erases",
     "cap_share": "eta_t n_t / (eta_0 max_norm), a share of the largest write allowed",
     "change": "what a write adds to the weights / the norm of the slow weights",
     "selectivity": "the write at a pair that is asked for / at noise, at the same step",
-    "eta_selectivity": "the same for eta_t"}
+    "eta_selectivity": "the same for eta_t",
+    "gate_counts": "sigmoid(m_t) at pairs that are asked for",
+    "gate_noise": "sigmoid(m_t) at noise"}
 
 def measure(folder, options, device):
     """Measure a run -> its figures, as a dict for JSON; some of its answers, as lines."""
@@ -71,8 +74,11 @@ def measure(folder, options, device):
         lesioned = test(lambda episodes: model(episodes, write=False))["scores"]
         row["lesion"] = lesioned.mean().item()
         row["lesion_interval"] = interval(lesioned)
-        last_result = test(last_model.to(device).eval())
-        row.update(gate_figures(last_model, **last_result))
+        row.update(gate_figures(last_model, **test(last_model.to(device).eval())))
+        torch.manual_seed(args["seed"])
+        untrained = Transformer(task, last_model.config).to(device).eval()
+        figures = gate_figures(untrained, **test(untrained))
+        row["untrained"] = {key: figures[key] for key in GATE_FIGURES if key in figures}
 
     run = last["run"]
     row.update(seconds=run["seconds"], machine=run["machine"])
@@ -103,12 +109,14 @@ def gate_figures(model, gates, asked_steps=None, **_):
     """How much a model writes, and when; gates and asked_steps: see train.evaluate."""
     eta, norm, change = gates  # (n, T) each
     rule = model.plasticity
+    # eta_t = eta_0 * sigmoid(m_t) * min(1, max_norm / n_t)
+    gate = eta / (rule.eta0 * (rule.max_norm / norm).clamp(max=1))
     write = eta * norm
     share = write / (rule.eta0 * rule.max_norm)
     slow = torch.cat([layer.weight.flatten() for layer in model.plastic_layers()]).norm()
-    steps = dict(eta=eta, norm=norm, write=write, change=change)
+    steps = dict(eta=eta, norm=norm, write=write, change=change, gate=gate)
     figures = dict(gates={key: values.mean(0).tolist() for key, values in steps.items()},
-                   persistence=(eta.mean() / rule.eta0).item(),
+                   gate=gate.mean().item(), persistence=(eta.mean() / rule.eta0).item(),
                    cap_share=share.mean().item(), change=(change.mean() / slow).item(),
                    writes={"all": share.mean(0).tolist()})  # for --append, not printed
     if asked_steps is None:
@@ -126,6 +134,8 @@ def gate_figures(model, gates, asked_steps=None, **_):
         eta_ratio = mean_of(eta, counts) / mean_of(eta, ~counts)
         figures["selectivity"] = ratio[both].mean().item()
         figures["eta_selectivity"] = eta_ratio[both].mean().item()
+        figures["gate_counts"] = mean_of(gate, counts)[both].mean().item()
+        figures["gate_noise"] = mean_of(gate, ~counts)[both].mean().item()
         figures["writes"] = {kind: values.tolist() for kind, values in writes.items()}
     return figures
 
@@ -146,7 +156,8 @@ def report(row, answers=()):
     yield from answers
     if "gates" in row:
         for key in [key for key in GATE_FIGURES if key in row]:
-            yield f"  {key:18} {row[key]:.5f}   {GATE_FIGURES[key]}"
+            untrained = row.get("untrained", {}).get(key, math.nan)  # Old rows have none.
+            yield f"  {key:18} {row[key]:.5f}   {GATE_FIGURES[key]} (untrained {untrained:.5f})"
         yield f"  {'step':14} {'eta':>8} {'norm':>9} {'write':>8}   (means over episodes)"
         gates = row["gates"]
         largest = max(*gates["write"], 1e-12)

@@ -171,11 +171,14 @@ def evaluate(answer, task, split, options, n, device):
             parts["gates"].append(torch.stack(gates).double())
     return {name: torch.cat(part, dim=-2).cpu() for name, part in parts.items()}  # along n
 
+def is_learned(score, task):
+    """Is a score within 5% of perfect, measured from the score of a guess?"""
+    return abs(score - task.perfect) <= abs(task.chance - task.perfect) / 20 + 1e-9
+
 def summarize(run, args, task):
     """Print how long the run took, when its score came near perfect, and what is next."""
-    tolerance = abs(task.chance - task.perfect) / 20 + 1e-9  # 5%, and rounding
     learned = [line["step"] for line in run["log"]
-               if line["step"] > 0 and abs(line["val_metric"] - task.perfect) <= tolerance]
+               if line["step"] > 0 and is_learned(line["val_metric"], task)]
     print(f"finished: {run['step']} updates, {run['seconds']:.0f} s; best {task.metric} "
           f"{run['best']:.4f}; within 5% of perfect by update {learned[0] if learned else '-'}\n"
           f"now: python eval.py {quote(args.out_dir)}")
