@@ -12,6 +12,8 @@ import argparse
 import importlib.util
 import json
 import math
+import os
+import signal
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,7 +22,7 @@ from statistics import fmean
 import torch
 
 from model import Transformer, setting
-from train import (DEVICE, add_flags, defaults, errors_as_one_line, evaluate, fail, load_run,
+from train import (DEVICE, add_flags, defaults, errors_as_one_line, evaluate, load_run,
                    new_parser, prepare, show)
 
 @dataclass
@@ -32,7 +34,7 @@ class Options:
     batch_size: int = setting(20, "episodes per batch; another size draws others", 1)
     seed: int = setting(0, "seed of the test episodes", 0, 2**60)
     device: str = setting(DEVICE, "where to compute", choices=("cpu", "cuda"))
-    threads: int = setting(1, "CPU threads", 1)
+    threads: int = setting(1, "CPU threads", 1, 1024)
     data_dir: str = setting("data", "folder of the images, downloaded if need be")
 
 GATE_FIGURES = {  # means over test episodes and steps
@@ -144,7 +146,7 @@ def report(row, answers=()):
     yield f"{row['name']}: {row['flags']}; best at update {row['best_step']}"
     for title, key, half in ((f"test {row['metric']}", "score", "interval"),
                              ("lesioned (eta = 0)", "lesion", "lesion_interval")):
-        if key in row:
+        if key in row or key == "score":
             low = max(0, row[key] - row[half])
             high = row[key] + row[half]
             if row["metric"] == "accuracy":
@@ -157,7 +159,7 @@ def report(row, answers=()):
     if "gates" in row:
         for key in [key for key in GATE_FIGURES if key in row]:
             untrained = row.get("untrained", {}).get(key, math.nan)  # Old rows have none.
-            yield f"  {key:18} {row[key]:.5f}   {GATE_FIGURES[key]} (untrained {untrained:.5f})"
+            yield f"  {key:18} {row[key]:.5f}   untrained {untrained:.5f}   {GATE_FIGURES[key]}"
         yield f"  {'step':14} {'eta':>8} {'norm':>9} {'write':>8}   (means over episodes)"
         gates = row["gates"]
         largest = max(*gates["write"], 1e-12)
@@ -175,24 +177,41 @@ def overview(rows):
 
 def read_rows(path):
     """The rows of a file of --append. Of two rows with one name, the later counts."""
+    rows = {}
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return list({row["name"]: row for row in rows}.values())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            list(report(row))  # fails where a figure is missing or is no number
+            fmean(row["curve"]["step"] + row["curve"]["val_metric"])
+            missing = {"task", "rule"} - row.keys()
+            if missing:
+                raise ValueError(f"a row has no {missing}")
+            rows[row["name"]] = row
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}): name a file of --append") from error
+    return list(rows.values())
 
 def append_row(path, row):
     """Add a line to a file: scores in full, all other numbers to four digits."""
     scores = {key: row[key] for key in ("score", "lesion", "prototype") if key in row}
     short = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.4g}"))
     short["curve"]["val_metric"] = row["curve"]["val_metric"]
-    with open(path, "a") as file:
-        file.write(json.dumps({**short, **scores}) + "\n")
+    size = path.stat().st_size
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps({**short, **scores}) + "\n")
+    except OSError as error:
+        if path.is_file():
+            os.truncate(path, size)  # A full disk takes half a line, which nobody can read.
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 def plot(rows, path):
     """The validation score by update: a thin line per run, a bold one per rule."""
     from matplotlib.figure import Figure
 
+    tasks = {row["task"] for row in rows}
+    if len(tasks) > 1:
+        raise ValueError(f"--plot: these are runs of {', '.join(sorted(tasks))}, choose one task")
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for rule, color in {"none": "gray", "hebbian": "C0", "gradient": "C1"}.items():
@@ -214,9 +233,20 @@ def parse_args(argv=None):
                         help="a folder of train.py, or a file of --append")
     add_flags(parser, "options", Options, tasks={})
     given = vars(parser.parse_args(argv))
-    if "plot" in given and not importlib.util.find_spec("matplotlib"):
-        fail("--plot needs matplotlib: pip install matplotlib")
-    return given.pop("runs"), Options(**given)
+    runs = given.pop("runs")
+    options = Options(**given)
+
+    # What cannot be written is found out before everything is measured.
+    if options.plot and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    if options.plot and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot {options.plot}: name a file that ends in .png, .pdf or .svg")
+    for path in (options.plot, options.append):
+        if path:
+            open(path, "a").close()
+    if options.append and Path(options.append).is_file():
+        read_rows(Path(options.append))
+    return runs, options
 
 def main(argv=None):
     with errors_as_one_line():
@@ -224,19 +254,23 @@ def main(argv=None):
         device, _, _ = prepare(options)
         rows = []
         answers = []
-        for path in runs:
-            if path.suffix == ".jsonl":
-                rows += [row for row in read_rows(path) if fnmatch(row["name"], options.only)]
-            else:
+        try:
+            for path in runs:
+                if path.suffix == ".jsonl":
+                    rows += [row for row in read_rows(path) if fnmatch(row["name"], options.only)]
+                    continue
                 row, answers = measure(path, options, device)
                 rows.append(row)
                 if options.append:
-                    append_row(options.append, row)
+                    append_row(Path(options.append), row)
+        finally:  # An error or Ctrl-C comes after what was measured.
+            if rows:
+                print("\n".join(overview(rows) if len(rows) > 1 else report(rows[0], answers)))
         if not rows:
-            fail(f"--only {options.only}: no run of the file has such a name")
+            raise ValueError(f"--only {options.only}: no run of the file has such a name")
         if options.plot:
             plot(rows, options.plot)
-        print("\n".join(overview(rows) if len(rows) > 1 else report(rows[0], answers)))
 
 if __name__ == "__main__":
     main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # All is done; Python takes a while to end.

@@ -14,14 +14,14 @@ from plasticity import PlasticLinear, Plasticity, UnrolledFastWeights
 
 RULES = ("none", "hebbian", "gradient")
 
-def setting(default, help, low=None, high=1e18, choices=None):
-    """A field, and its flag (train.add_flags). A number has limits; 1e18 bars infinity."""
+def setting(default, help, low=None, high=10**6, choices=None):
+    """A field, and its flag (train.add_flags). A number has limits."""
     return field(default=default, metadata=dict(help=help, limits=(low, high), choices=choices))
 
 @dataclass
 class Config:
     """The settings of a model. train.py passes its own, which have the same names."""
-    n_layer: int = setting(2, "number of blocks", 1)
+    n_layer: int = setting(2, "number of blocks", 1, 1000)
     n_head: int = setting(4, "number of attention heads; must divide --d-model", 1)
     d_model: int = setting(64, "channels of a token", 1)
     d_ff: int = setting(128, "channels inside a feed-forward layer", 1)
@@ -31,7 +31,7 @@ class Config:
     plastic: str = setting("all", "which blocks are plastic", choices=("all", "last"))
     alpha_init: float = setting(80.0, "initial value of alpha and beta", 0, 1000)
     eta0: float = setting(0.02, "eta_0, the upper limit of eta_t", 0, 1)
-    max_norm: float = setting(1.0, "norm above which a write is scaled down", 1e-9)
+    max_norm: float = setting(1.0, "norm above which a write is scaled down", 1e-9, 1e18)
     aux_dim: int = setting(4, "auxiliary outputs, for the gradient rule", 0)
     ablate: str = setting("none", "eta: sigmoid(m_t) is 1. alpha: alpha and beta are not "
                           "trained. backward: writes pass no gradient, and alpha, beta and "

@@ -1,8 +1,9 @@
 """The five tasks of arXiv 2510.21908, each a source of episodes.
 
 An episode shows a context step by step, then asks. A task is a dataclass whose fields
-are the sizes of an episode. sample(split, batch_size, generator) draws episodes, loss(out,
-target) trains a model, and score(out, target) measures each answer. It also has
+are the sizes of an episode; their limits keep an episode under 10,000 steps. sample(split,
+batch_size, generator) draws episodes, loss(out, target) trains a model, and score(out,
+target) measures each answer. A task also has
 
     kind         "token", "vector" or "image"; model.Embed reads more sizes of each kind
     n_out        number of outputs per answer
@@ -74,8 +75,8 @@ class Copy(Classification):
     A recall comes 26 steps after its item; two layers with a window of 8 see 14 back.
     """
     kind = "token"
-    seq_len: int = setting(5, "tokens to remember", 2)
-    delay: int = setting(20, "blanks before the delimiter", 0)
+    seq_len: int = setting(5, "tokens to remember", 2, 1000)
+    delay: int = setting(20, "blanks before the delimiter", 0, 7999)
     vocab_size: int = setting(10, "tokens, blank and delimiter included", 5)
 
     def __post_init__(self):
@@ -108,9 +109,9 @@ class Cue(SquaredError):
 
     With `noise`, other pairs come among these; one more feature marks those that count.
     """
-    pairs: int = setting(8, "pairs of a cue and its reward", 1)
-    cues: int = setting(20, "different cues", 1)
-    noise: int = setting(0, "pairs of random cues that nobody asks for", 0)
+    pairs: int = setting(8, "pairs of a cue and its reward", 1, 2500)
+    cues: int = setting(20, "different cues", 1, 10_000)
+    noise: int = setting(0, "pairs of random cues that nobody asks for", 0, 5000)
 
     def __post_init__(self):
         if self.pairs > self.cues:
@@ -145,9 +146,9 @@ class Regression(SquaredError):
     y       y_0  y_1  ..  y_9  |    ?     ?   ..
     asked                      |  y_10  y_11  ..
     """
-    dim: int = setting(3, "inputs", 1)
-    support: int = setting(10, "pairs of x and y shown", 1)
-    queries: int = setting(10, "queries per episode", 1)
+    dim: int = setting(3, "inputs", 1, 10_000)
+    support: int = setting(10, "pairs of x and y shown", 1, 5000)
+    queries: int = setting(10, "queries per episode", 1, 5000)
     bias_scale = 4.0
 
     def __post_init__(self):
@@ -177,9 +178,9 @@ class FewShot(Classification):
     kind = "image"
     task: str  # "cifarfs" or "omniglot"
     data_dir: str
-    ways: int = setting(5, "classes per episode", 1)
-    shots: int = setting(1, "labelled images per class", 1)
-    queries: int = setting(5, "queries per episode; of images, per class", 1)
+    ways: int = setting(5, "classes per episode", 1, 100)
+    shots: int = setting(1, "labelled images per class", 1, 50)
+    queries: int = setting(5, "queries per episode; of images, per class", 1, 5000)
 
     def __post_init__(self):
         self.images, self.class_ids = load_pack(self.data_dir, self.task)

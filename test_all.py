@@ -2,6 +2,7 @@
 
 LONG=2000, KILLS=30, DAMAGED=200 and ARGUMENTS=500 in the environment make some tests try more."""
 import argparse
+import builtins
 import concurrent.futures
 import contextlib
 import functools
@@ -303,8 +304,11 @@ def test_finite_at_the_edges():
             assert tensor.isfinite().all(), f"{task}, {model.config}"
 
 # ------ 3. Tasks and splits ------
-def quiet():  # What is printed goes into another sys.stdout and sys.stderr.
-    return mock.patch.multiple(sys, stdout=io.StringIO(), stderr=io.StringIO())
+def terminal(encoding="utf-8"):  # a stream that keeps what is printed
+    return io.TextIOWrapper(io.BytesIO(), encoding, write_through=True)
+
+def quiet(encoding="utf-8"):  # What is printed goes into another sys.stdout and sys.stderr.
+    return mock.patch.multiple(sys, stdout=terminal(encoding), stderr=terminal(encoding))
 
 def in_two_processes(work):  # as torchrun does it; none may fail
     address = dict(MASTER_ADDR="localhost", MASTER_PORT=str(get_free_port()), WORLD_SIZE="2")
@@ -497,18 +501,20 @@ CPU = torch.device("cpu")
 train.EVAL_EPISODES = 8
 tasks.load_pack = functools.cache(tasks.load_pack)  # To make the quarter-turns takes a while.
 
-def call(script, argv, *statuses):
-    """Run a script, to end with one of `statuses` (or 0) -> its output, or the error line of 2."""
-    with quiet():
+def call(script, argv, *statuses, encoding="utf-8"):
+    """Run a script, to end with one of `statuses` (or 0) -> its output, or the line of 2 or 130."""
+    with quiet(encoding):
         try:
             status = script.main(shlex.split(argv)) or 0
         except SystemExit as stop:
             status = stop.code
         except BaseException as error:
             raise AssertionError(argv) from error
-        output = (sys.stderr if status == 2 else sys.stdout).getvalue()
+        stream = sys.stderr if status in (2, 130) else sys.stdout
+        output = stream.buffer.getvalue().decode(encoding)
     assert status in (statuses or (0,)), f"{argv}: exit status {status}, {output!r}"
-    assert status != 2 or re.fullmatch("error: .*\n", output), f"{argv}: {output!r}"
+    lines = {2: "error: .*\n", 130: "(stopped.*\n)?"}  # One process says it for all.
+    assert re.fullmatch(lines.get(status, "(?s:.*)"), output), f"{argv}: {output!r}"
     return output
 
 def trained(argv):  # -> the new folder of the run
@@ -654,7 +660,7 @@ def test_best_model():  # The last of equal ones; images first score without the
         with mock.patch.object(train, "evaluate", side_effect=results):
             run = trained(f"{argv} --rule none --steps {step}")
             model = load(run)["model"]
-            output = call(train, f"--resume --steps 4 --out-dir {run}")
+            output = call(train, f"--resume --steps 4 --out-dir {run} --data-dir {fake_packs()}")
         best = load(run, "best.pt")
         assert best["step"] == step and load(run)["run"]["best"] == scores[step - 5]
         assert f"within 5% of perfect by update {learned}\n" in output
@@ -669,7 +675,7 @@ def test_encoder_learns_then_encodes():
     with intercepted(FewShot, "encode_images", encode) as encoded:
         with intercepted(FewShot, "loss") as losses, intercepted(train, "update") as updates:
             run = trained(argv)
-        call(train, f"--resume --out-dir {run}")
+        call(train, f"--resume --out-dir {run} --data-dir {fake_packs()}")
         runs = [run, trained(f"{argv} --pretrain-steps 0")]  # What learns is encoded each time.
         for folder in runs:
             measured(folder, episodes=2, data_dir=fake_packs())
@@ -699,7 +705,7 @@ def test_pretrained_encoder_stays_and_answers_by_prototypes():
         _, plastic = encoder(f"hebbian --steps 3 {flags}", stays)
         assert {torch.equal(*pair) for pair in zip(static, plastic, strict=True)} == {stays}
     row, _ = measured(run, episodes=5, batch_size=2, data_dir=fake_packs())
-    _, task, model = train.load_run(run / "best.pt", dict(queries=15))
+    _, task, model = train.load_run(run / "best.pt", dict(queries=15, data_dir=fake_packs()))
     embed = model.eval().embed
     generator = random_generator(0, "test")
     right = []
@@ -728,16 +734,17 @@ def test_resumed_run_is_the_same():
     for argv, saved, *stop in cases:  # before an update, by a signal
         part = new_folder()
         output = interrupted(f"{argv} --out-dir {part}", *stop)
-        assert f"stopped; to go on: python train.py --resume --out-dir {part}\n" in output
+        command, resume = output.split("stopped; to go on: python train.py ")
+        assert not command and resume.startswith(f"--resume --out-dir {part}")
         assert load(part)["run"]["step"] == saved
         with (part / "metrics.jsonl").open("a") as log:  # It will be written anew.
             log.write('{"step": 6, "val_metric": 0.5}\n{"step": 7')
         for done in (max(0, saved), 7):  # At the second time nothing is left to do.
             torch.randn(3)
-            output = call(train, f"--resume --out-dir {part}")
+            output = call(train, resume)
             assert f", {done}/7 done; " in output and "finished: 7 updates" in output
             assert_same_run(whole[argv], part)
-    call(train, f"--resume --steps 9 --eval-interval 3 --lr 0.5 --out-dir {part}")
+    call(train, f"{resume.strip()} --steps 9 --eval-interval 3 --lr 0.5")
     assert log_of(part)["step"] == [-1, 0, 4, 7, 9]
     assert {"train_loss", "val_loss", "val_metric", "metric"} < log_of(part).keys()
     rate = load(part)["optimizer"]["param_groups"][0]["lr"]
@@ -910,7 +917,7 @@ def test_salience_and_intervals():
 
 # ------ 5. Bad input ------
 def test_bad_arguments():
-    highest = dict(eta0=1, lr=1, alpha_init=1000, max_norm=1e18, seed=2**60, window=10**18)
+    highest = dict(eta0=1, lr=1, alpha_init=1000, max_norm=1e18, seed=2**60, window=10**6)
     argv = " ".join(f"--{name} {value}".replace("_", "-") for name, value in highest.items())
     assert highest.items() <= vars(train.parse_args(argv.split())).items(), "tops of ranges"
     out = new_folder() / "out"
@@ -918,13 +925,18 @@ def test_bad_arguments():
         --shots 6 --queries 15 --task omniglot; --steps ten; --lr nan; --alpha-init inf;
         --rule magic; --ablate all; --plastic none; --delay 3 --task cue; --nonsense;
         --alpha 2; --device tpu; --device cuda; --seed 99999999999999999999; --window -1;
-        --steps 0; --lr -1; --eta0 2; --alpha-init -1; --max-norm 0; --vocab-size 3; --dim 0"""
+        --steps 0; --lr -1; --eta0 2; --alpha-init -1; --max-norm 0; --vocab-size 3; --dim 0;
+        --delay 8000; --seq-len 1001; --noise 5001; --support 5001; --batch-size 1000000000"""
     reasons = {flags: flags.split()[:2] for flags in wrong.split(";")}
-    reasons |= {"--resume": ["ckpt.pt"], "--d-ff 4000000000": ["memory", "--batch-size"],
+    reasons |= {"--resume": ["ckpt.pt"], "--d-model 1000000": ["memory", "--batch-size"],
                 "--pretrain-steps 5": ["--pretrain-steps", "copy has no encoder"]}
     for flags, words in reasons.items():
         line = call(train, f"{flags} --out-dir {out} --data-dir {fake_packs()}", 2)
         assert all(word in line for word in words) and not out.exists(), f"{flags}: {line}"
+    for environ in (dict(WORLD_SIZE="0"), dict(WORLD_SIZE="2"), dict(WORLD_SIZE="x")):
+        with mock.patch.dict(os.environ, environ):
+            assert "error" in call(train, f"--out-dir {out}", 2)
+    assert "--out-dir" in call(train, "--out-dir=", 2) and not out.exists()
     out.write_text("a file")
     assert str(out) in call(train, f"--steps 1 --out-dir {out}", 2)
     assert str(out) in call(evaluation, str(out), 2) and out.read_text() == "a file"
@@ -937,7 +949,7 @@ def test_a_run_is_not_lost():
     assert f"{run} has files: --resume goes on with a run, or remove the folder" in call(*again)
     for new in "seed 1;pretrain-steps 3;delay 4;task cue;pairs 3;n-layer 1;rule hebbian".split(";"):
         line = call(train, f"--resume --out-dir {run} --{new}", 2)
-        assert line == f"error: --{new}: --resume cannot change it\n"
+        assert re.fullmatch(f"error: --{new}: --resume cannot change .*\n", line)
     assert files_of(run) == before
     call(train, f"--resume --out-dir {run} --steps 2 --batch-size 4 --n-layer 2")  # as it was
     (run / "ckpt.pt").unlink()  # What is left is not replaced either.
@@ -957,9 +969,21 @@ def damages(path, trap):  # what no command can read in place of a checkpoint or
         floats = torch.zeros(1).expand(state["images"].shape)
         changes = [dict(images=trap), dict(images=few, classes=[*"abc"]), dict(images=floats)]
     else:
-        misfits = [dict(d_ff=17), dict(d_ff="wide"), dict(rule="magic")]
+        misfits = [dict(d_ff=17), dict(d_ff="wide"), dict(rule="magic"), dict(delay=300_000_000),
+                   dict(n_head=1, d_model=10**6), dict(steps=1.5), dict(steps=True), dict(pairs=3)]
         wrong = [trap, None, {"task": "copy"}, *(state["args"] | misfit for misfit in misfits)]
         changes = [dict(model={}), dict(model=None), *(dict(args=args) for args in wrong)]
+    if "run" in state:  # Without its parts the content is that of best.pt.
+        run, optimizer = state["run"], state["optimizer"]
+        yield from (saved({key: part for key, part in state.items() if key != gone})
+                    for gone in ("run", "optimizer", "generator"))
+        changes += [dict(run=run | change) for change in (
+            dict(step="4"), dict(step=-1), dict(best=None), dict(losses=["x"]), dict(log=[5]),
+            dict(log=[{"step": 4}]), dict(log=[run["log"][0] | {"val_loss": "x"}]), dict(seconds=1))]
+        moments = optimizer["state"][0] | {"exp_avg": torch.zeros(3)}
+        changes += [dict(optimizer=optimizer | {"state": state}) for state in (
+            None, {0: {}}, {0: moments}, {999: optimizer["state"][0]})]
+        changes += [dict(generator=torch.zeros(3, dtype=torch.uint8)), dict(generator=None)]
     yield from (saved(state | change) for change in changes)
 
 def test_damaged_files():
@@ -977,7 +1001,11 @@ def test_damaged_files():
     binaries = [*commands][:3]
     cases = [(path, content, {2}) for path in binaries for content in damages(path, trap)]
     trapped = next(damages(pack, trap))
-    cases += [(rows, content, {2}) for content in (b"x", b"5", b"[1]", b"{}", b"\xff", trapped)]
+    row = json.loads(rows.read_text())
+    misfits = [{key: row[key] for key in row if key != gone} for gone in ("name", "flags", "score", "task", "curve")]
+    misfits += [row | {"score": None}, row | {"gates": 3}, row | {"curve": {"step": [1]}}]
+    contents = (b"x", b"5", b"[1]", b"{}", b"\xff", *(json.dumps(x).encode() for x in misfits))
+    cases += [(rows, content, {2}) for content in (trapped, *contents)]
     cases.append((run / "metrics.jsonl", trapped, {0}))  # A resume writes the log anew.
     rng = random.Random(0)
     for _ in range(int(os.environ.get("DAMAGED", 15))):
@@ -1002,14 +1030,14 @@ def test_damaged_files():
 
 def test_faults_lose_nothing():
     def full(function, path, *args):  # a full disk, where best.pt is renamed or at a write
-        if function is not os.replace:
-            path.open("wb").write(b"half")
+        if function.__name__ == "open":
+            function(path, *args).write(b"half")
         elif args[0].name != "best.pt":
             return function(path, *args)
         raise OSError(28, "No space left on device")
     argv = f"{TINY_COPY} --steps 6 --eval-interval 1 --lr 1e-12"  # Each step is the best so far.
-    # Call 1 writes ckpt.pt; then each step writes metrics.jsonl, best.pt and ckpt.pt.
-    for owner, name, first, saved in ((os, "replace", 8, [2, 2]), (Path, "write_bytes", 7, [1, 2])):
+    # First come ckpt.pt and metrics.jsonl; then each step writes metrics, best and ckpt.
+    for owner, name, first, saved in ((os, "replace", 9, [2, 2]), (builtins, "open", 8, [1, 2])):
         run = new_folder()
         with intercepted(owner, name, full, first):
             line = call(train, f"{argv} --out-dir {run}", 2)
@@ -1024,6 +1052,85 @@ def test_faults_lose_nothing():
         line = call(train, f"{argv} --out-dir {run}", 2)
     assert "loss nan" in line and "--lr" in line and load(run)["run"]["step"] == 3, line
     assert all(value.isfinite().all() for value in load(run)["model"].values())
+
+def test_what_is_missing_linked_or_planted():
+    argv = f"{TINY_COPY} --rule none --steps 2 --eval-interval 1"
+    run, target, planted = trained(argv), new_folder() / "target", new_folder() / "planted"
+    log = (run / "metrics.jsonl").read_text()
+    (run / "best.pt").unlink()
+    shutil.move(run / "metrics.jsonl", target)
+    (run / "metrics.jsonl").symlink_to(target)
+    (run / "best.pt.tmp").symlink_to(planted)
+    planted.write_text("")
+    output = call(train, f"--resume --out-dir {run}")
+    assert "best.pt is missing: the model of ckpt.pt replaces it" in output
+    assert (run / "metrics.jsonl").is_symlink() and target.read_text() == log
+    assert not planted.read_bytes() and not list(run.glob("*.tmp"))
+    assert load(run, "best.pt")["step"] == 2 and "finished: 2 updates" in output
+    call(evaluation, f"{run} --episodes 2")
+    target.unlink()
+    os.mkfifo(target)  # Like a device, it must stay.
+    reader = os.open(target, os.O_RDWR)
+    call(train, f"--resume --out-dir {run}")
+    assert os.read(reader, 10**6).decode() == log and target.is_fifo()
+    call(evaluation, f"{run} --episodes 2 --append {target}")
+    assert json.loads(os.read(reader, 10**6))["name"] == run.name and target.is_fifo()
+    os.close(reader)
+
+def test_a_stranger_names_no_folder():
+    run, folder = trained(f"{TINY_IMAGES} --steps 1 --data-dir {fake_packs()}"), new_folder()
+    for name in ("ckpt.pt", "best.pt"):
+        state = load(run, name)
+        torch.save(state | {"args": state["args"] | {"data_dir": f"{folder}/new"}}, run / name)
+    with mock.patch.object(train.Training, "data_dir", str(fake_packs())):
+        call(train, f"--resume --out-dir {run}")
+    call(evaluation, f"{run} --episodes 2 --data-dir {fake_packs()}")
+    assert not os.listdir(folder)
+
+def test_nothing_is_measured_in_vain():
+    copy, cue = trained(f"{TINY_COPY} --rule none --steps 1"), trained(f"{TINY} --task cue --steps 1")
+    folder, rows = new_folder(), new_folder() / "rows"
+    rows.write_text("half a li")
+    for flags in ("--append {}/no/rows", "--append {}", "--plot {}/no/x.png", "--plot {}/x.doc",
+                  f"--append {rows}"):
+        with intercepted(evaluation, "measure") as calls:
+            call(evaluation, f"{copy} {flags.format(folder)}", 2)
+        assert not calls and not os.listdir(folder), flags
+    rows.unlink()
+    call(evaluation, f"{copy} {cue} --episodes 2 --append {rows}")
+    if importlib.util.find_spec("matplotlib"):
+        line = call(evaluation, f"{copy} {cue} --episodes 2 --plot {folder}/x.png", 2)
+        assert line == "error: --plot: these are runs of copy, cue, choose one task\n"
+
+def test_terminals_that_cannot_print():
+    run = new_folder() / "é"
+    argv = f"{TINY_COPY} --rule none --steps 3 --eval-interval 1 --out-dir {run}"
+    def broken(print, *lines, **options):
+        if lines[0].startswith("step 2"):
+            raise OSError("closed")
+        print(*lines, **options)
+    with mock.patch("builtins.print", functools.partial(broken, print)):
+        assert "closed" in call(train, argv, 2, encoding="ascii")
+    assert load(run)["run"]["step"] == 2
+    assert r"\xe9" in call(train, f"--resume --out-dir {run}", encoding="ascii")
+    assert r"\xe9" in call(evaluation, f"{run} --episodes 2", encoding="ascii")
+
+def test_ctrl_c():
+    run, new = trained(f"{TINY_COPY} --rule none --steps 1"), new_folder() / "new"
+    cases = [(evaluation, "measure", evaluation, f"{run}"), (train, "load_run", train, "--resume"),
+             (train, "make_task", train, "--steps 1"), (train, "parse_args", train, "")]
+    for owner, name, script, argv in cases:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with intercepted(owner, name, lambda *_: signal.raise_signal(signal.SIGINT)):
+            where = f"--out-dir {run if '--resume' in argv else new}" if script is train else ""
+            assert call(script, f"{argv} {where}", 130) == "stopped\n" and not new.exists(), name
+        with mock.patch.object(os, "_exit") as end:
+            signal.raise_signal(signal.SIGINT)
+        end.assert_called_with(130)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with intercepted(os, "replace", lambda *_: signal.raise_signal(signal.SIGINT)):
+        call(train, f"--resume --out-dir {run}", 130)
+    assert not list(run.glob("*.tmp"))
 
 def known_flags(script):  # {flag: what argparse knows about it} of train or evaluation
     with intercepted(argparse.ArgumentParser, "parse_args", lambda *_: sys.exit(0)) as calls:
@@ -1048,6 +1155,10 @@ def test_random_arguments():
             argv = f"{run} --batch-size 2 --episodes 2 {flag} {rng.choice((0, 1, 2, 30))}"
             outputs.append(call(evaluation, f"{argv} --data-dir {fake_packs()}", 0, 2))
     assert not all(output.startswith("error: ") for output in outputs)
+
+def test_requirements():
+    lines = re.findall(r"^torch(?:vision)?>=(\d+)\.(\d+)$", (HERE / "requirements.txt").read_text(), re.M)
+    assert [tuple(map(int, line)) for line in lines] == [(2, 6), (0, 21)], "older ones run code"
 
 def test_flags_are_explained():
     flags = {flag: known.help for flag, known in known_flags(train).items()}

@@ -50,7 +50,7 @@ class Training:
     pretrain_steps: int = setting(0, "updates of the image encoder alone, before", 0)
     seed: int = setting(0, "seed of everything random", 0, 2**60)
     device: str = setting(DEVICE, "where to compute", choices=("cpu", "cuda"))
-    threads: int = setting(1, "CPU threads; more slow small operations down", 1)
+    threads: int = setting(1, "CPU threads; more slow small operations down", 1, 1024)
     out_dir: str = setting(None, "folder of the run (default: out/TASK-RULE-sSEED)")
     data_dir: str = setting("data", "folder of the images, downloaded if need be")
     eval_interval: int = setting(None, "updates per evaluation (default: a tenth)", 1)
@@ -88,8 +88,9 @@ def train(args, task, model, optimizer, generator, run, device, rank, world):
         run["losses"].append(loss)
         if rank == 0 and (step % interval == 0 or step == args.steps):
             model.eval()
-            validate(run, args, task, model, device)
+            line = validate(run, args, task, model, device)
             save_checkpoint(run, args, model, optimizer, generator)
+            print(line, flush=True)  # after saving: a closed pipe or terminal loses nothing
 
 def encoder_loss(args, task, model, generator, device):
     """Pretraining: find the nearest prototype, and on CIFAR-FS name the class, too."""
@@ -127,13 +128,14 @@ def update(loss, optimizer, lr, world=1):
             tensor /= world
     norm = nn.utils.clip_grad_norm_(parameters, CLIP)
     if not (loss.isfinite() and norm.isfinite()):
-        raise FloatingPointError(f"loss {loss}: lower --lr, --eta0 or --alpha-init")
+        raise FloatingPointError(f"loss {loss}: lower --lr, --eta0, --alpha-init or --max-norm")
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     return loss.item()
 
 def validate(run, args, task, model, device):
-    """Evaluate on the same validation episodes each time; log the scores, save the best."""
+    """Evaluate on the same validation episodes each time; log the scores, save the best
+    model -> a line that says how it went."""
     step = run["step"]
     answer = model if step > 0 else model.embed.answer  # in pretraining, the encoder
     result = evaluate(answer, task, "val", args, EVAL_EPISODES, device)
@@ -142,15 +144,12 @@ def validate(run, args, task, model, device):
     run["log"].append(dict(step=step, train_loss=fmean(run["losses"]), metric=task.metric,
                            val_loss=loss, val_metric=score, seconds=run["seconds"]))
     run["losses"] = []
-    lines = "".join(json.dumps(line) + "\n" for line in run["log"])
-    save(Path(args.out_dir) / "metrics.jsonl", lines.encode())
-    print(f"{'step' if step > 0 else 'encoder alone: step'} {step}/{args.steps}  "
-          f"validation loss {loss:.4f}  {task.metric} {score:.4f}  "
-          f"after {run['seconds']:.0f} s", flush=True)
+    save_log(run, args)
     if step > 0 and abs(score - task.perfect) <= abs(run["best"] - task.perfect):
-        run["best"] = score
-        best = dict(args=vars(args), step=step, model=model.state_dict())
-        save(Path(args.out_dir) / "best.pt", best)
+        save_best(run, args, model)
+    return (f"{'step' if step > 0 else 'encoder alone: step'} {step}/{args.steps}  "
+            f"validation loss {loss:.4f}  {task.metric} {score:.4f}  "
+            f"after {run['seconds']:.0f} s")
 
 @torch.no_grad()
 def evaluate(answer, task, split, options, n, device):
@@ -181,7 +180,7 @@ def summarize(run, args, task):
                if line["step"] > 0 and is_learned(line["val_metric"], task)]
     print(f"finished: {run['step']} updates, {run['seconds']:.0f} s; best {task.metric} "
           f"{run['best']:.4f}; within 5% of perfect by update {learned[0] if learned else '-'}\n"
-          f"now: python eval.py {quote(args.out_dir)}")
+          f"now: python eval.py {place(args)}")
 
 @torch.no_grad()
 def show(model, task, split, device, n=3):
@@ -202,12 +201,13 @@ def show(model, task, split, device, n=3):
 def main(argv=None):
     with errors_as_one_line():
         args = parse_args(argv)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         try:
             begin(args)
-        except KeyboardInterrupt:
-            print("stopped; to go on: python train.py --resume --out-dir", quote(args.out_dir))
-            sys.exit(130)
+        except KeyboardInterrupt as error:
+            if not Path(args.out_dir, "ckpt.pt").exists():
+                raise
+            advice = f"stopped; to go on: python train.py --resume --out-dir {place(args)}"
+            raise KeyboardInterrupt(advice) from error
 
 def begin(args):
     """Make what a run needs, anew or from its checkpoint, and train."""
@@ -228,16 +228,20 @@ def begin(args):
     run = dict(step=-args.pretrain_steps, seconds=0.0, best=math.inf, losses=[], log=[],
                machine=f"{name}, torch {torch.__version__}, Python {platform.python_version()}")
     if args.resume:
-        run = state["run"]
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
+        with loading(folder / "ckpt.pt"):
+            run = restore(state, run, optimizer, generator)
         if run["step"] >= 1:
             freeze_encoder(args, task, model, device)
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
+        lost = run["best"] < math.inf and not (folder / "best.pt").exists()
+        if lost:
+            print(f"{folder / 'best.pt'} is missing: the model of ckpt.pt replaces it", flush=True)
+            save_best(run, args, model)
+        if lost or not args.resume:
             save_checkpoint(run, args, model, optimizer, generator)
+        save_log(run, args)
         slow = sum(parameter.numel() for parameter in model.parameters())
         fast = sum(p.weight.numel() + p.bias.numel() for p in model.plastic_layers())
         print(f"{args.task}, rule {args.rule}, on {device}, in {args.out_dir}, "
@@ -255,30 +259,33 @@ CHANGEABLE = ("resume", "out_dir", "data_dir", "device", "threads", "steps", "lr
 
 def parse_args(argv=None):
     """All settings of a run: those given, else those to resume, else the defaults."""
-    parser = new_parser(__doc__, "python train.py [--task TASK] [--rule RULE] [flags]")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
-    add_flags(parser, "training", Training)
-    add_flags(parser, "model and plasticity", Config)
-    for task in dict.fromkeys(task for task, _ in TASKS.values()):
-        add_flags(parser, f"episodes of {task.__name__}", task)
-    given = vars(parser.parse_args(argv))
-
+    given = vars(train_parser().parse_args(argv))
     settings = defaults(given.get("task", "copy"), given.get("rule", "hebbian"))
     settings["out_dir"] = "out/{task}-{rule}-s{seed}".format(**{**settings, **given})
     if "resume" in given:
         path = Path(given.get("out_dir", settings["out_dir"]), "ckpt.pt")
         state, _, _ = load_run(path, {name: given[name] for name in CHANGEABLE if name in given})
-        settings = {**state["args"], "out_dir": str(path.parent)}
+        settings = {**state["args"], "out_dir": str(path.parent), "data_dir": Training.data_dir}
     for name, value in given.items():
         flag = f"--{name}".replace("_", "-")
         if "resume" in given and name not in CHANGEABLE and value != settings.get(name):
-            raise ValueError(f"{flag} {value}: --resume cannot change it")
+            raise ValueError(f"{flag} {value}: --resume cannot change {settings.get(name)}")
         if name not in settings:
             raise ValueError(f"{flag} {value}: {settings['task']} has no such size")
     args = argparse.Namespace(**{**settings, **given})
     if args.pretrain_steps and args.task not in PRETRAINING:
         raise ValueError(f"--pretrain-steps: {args.task} has no encoder to pretrain")
     return args
+
+def train_parser():
+    """The parser of all flags of train.py."""
+    parser = new_parser(__doc__, "python train.py [--task TASK] [--rule RULE] [flags]")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
+    add_flags(parser, "training", Training)
+    add_flags(parser, "model and plasticity", Config)
+    for task in dict.fromkeys(task for task, _ in TASKS.values()):
+        add_flags(parser, f"episodes of {task.__name__}", task)
+    return parser
 
 def defaults(task, rule):
     """All settings of a run of this task and rule that is told nothing else."""
@@ -289,12 +296,16 @@ def defaults(task, rule):
     return {**settings, **task_defaults, "task": task, "rule": rule}
 
 def new_parser(description, usage):
-    """A parser that returns the flags given. A later flag replaces one of its name."""
+    """A parser that returns the flags given. A later flag replaces one of its name.
+    What it does not understand is a ValueError."""
+    def refuse(message):
+        raise ValueError(message)
+
     parser = argparse.ArgumentParser(
         description=description, usage=usage, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, conflict_handler="resolve",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser.error = refuse
     return parser
 
 def add_flags(parser, title, settings, tasks=TASKS):
@@ -317,23 +328,42 @@ def limited(field):
     """An argparse type: a text, or a number within the limits of a setting."""
     low, high = field.metadata["limits"]
 
-    def number(text):
+    def value_of(text):
+        if field.type is str:
+            if not text:
+                raise argparse.ArgumentTypeError("there is nothing behind the flag")
+            return text
         value = field.type(text)
-        if low is None or low <= value <= high:
+        if low <= value <= high:
             return value
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-    return number
+    return value_of
 
 def fail(message):
     """End as every bad input does: one line, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
+def stop(number, frame):
+    """The first signal raises KeyboardInterrupt. The second ends the process at once."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(130))
+    raise KeyboardInterrupt
+
 @contextlib.contextmanager
 def errors_as_one_line():
-    """Whatever a user can mend ends the program with one line."""
+    """Whatever a user can mend ends the program with one line, and Ctrl-C does, too."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
+    sys.stderr.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in background jobs
+        signal.signal(signal.SIGINT, stop)
     try:
         yield
+    except KeyboardInterrupt as stopped:
+        if os.environ.get("RANK", "0") == "0":  # One process of torchrun says it for all.
+            print(str(stopped) or "stopped", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # The reader of our output has left.
         os._exit(1)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -349,44 +379,111 @@ def save(path, content):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         content = buffer.getvalue()
+    path = Path(path).resolve()  # A link stays, and its target is replaced.
     temporary = Path(f"{path}.tmp")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
+        if path.exists() and not path.is_file():  # such as /dev/null
+            path.write_bytes(content)
+            return
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {error}") from error
+        with open(temporary, "xb") as file:  # x: a link that another user put there fails
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{path} cannot be written: {error}") from error
+        raise
+
+def save_log(run, args):
+    lines = "".join(json.dumps(line) + "\n" for line in run["log"])
+    save(Path(args.out_dir) / "metrics.jsonl", lines.encode())
+
+def save_best(run, args, model):
+    run["best"] = run["log"][-1]["val_metric"]
+    best = dict(args=vars(args), step=run["step"], model=model.state_dict())
+    save(Path(args.out_dir) / "best.pt", best)
 
 def save_checkpoint(run, args, model, optimizer, generator):
     state = dict(run=run, args=vars(args), model=model.state_dict(),
                  optimizer=optimizer.state_dict(), generator=generator.get_state())
     save(Path(args.out_dir) / "ckpt.pt", state)
 
-def load_run(path, changes=()):
-    """-> checkpoint, task, model, with some settings changed. ValueError if it fails."""
+def place(args):
+    """The folders of a run, as a command names them."""
+    out_dir = f"./{args.out_dir}" if args.out_dir.startswith("-") else args.out_dir
+    if args.data_dir == Training.data_dir:
+        return quote(out_dir)
+    return f"{quote(out_dir)} --data-dir {quote(args.data_dir)}"
+
+@contextlib.contextmanager
+def loading(path):
+    """ValueError with one line where a damaged or foreign file fails in any way."""
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        args = argparse.Namespace(**{**state["args"], **dict(changes)})
-        task = make_task(vars(args))
-        model = Transformer(task, args)
-        model.load_state_dict(state["model"])
-        return state, task, model
-    except Exception as error:  # A damaged or foreign file can fail in any way.
+        yield
+    except Exception as error:
         reason = str(error).strip().split("\n")[-1].strip()
-        raise ValueError(f"{path} does not load ({reason}): name a run of train.py")
+        raise ValueError(f"{path} does not load ({reason}): name a run of train.py") from error
+
+def load_run(path, changes=()):
+    """-> checkpoint, task, model, with some settings changed. ValueError if it fails.
+
+    A file may come from a stranger: its settings must be such as flags can set, and its
+    weights decide how large the model is. It does not say where images are downloaded.
+    """
+    with loading(path):
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        flags = {name: value for name, value in state["args"].items()
+                 if name != "resume" and value is not None}
+        argv = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        known = defaults(flags["task"], flags["rule"])
+        if vars(train_parser().parse_args(argv)) != flags or known.keys() != state["args"].keys():
+            raise ValueError("it has other settings than the flags")
+    settings = {**state["args"], "data_dir": Training.data_dir, **dict(changes)}
+    task = make_task(settings)
+    with loading(path):
+        with torch.device("meta"):  # takes no memory
+            model = Transformer(task, argparse.Namespace(**settings))
+        model.load_state_dict(state["model"], assign=True)
+        return state, task, model.float()
+
+def restore(state, run, optimizer, generator):
+    """Restore what a checkpoint has besides the model -> its run, which is like `run`."""
+    def types(values):
+        return {name: type(value) for name, value in values.items()}
+
+    found = state["run"]
+    log = dict(step=int, train_loss=float, metric=str, val_loss=float, val_metric=float,
+               seconds=float)
+    if (types(found) != types(run) or any(types(line) != log for line in found["log"])
+            or any(type(loss) is not float for loss in found["losses"])
+            or found["step"] < -state["args"]["pretrain_steps"]):
+        raise ValueError("it has no run to go on with")
+
+    groups = optimizer.state_dict()["param_groups"]  # train.update sets the learning rate.
+    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+    for parameter, moments in optimizer.state.items():
+        shapes = {name: moment.shape for name, moment in moments.items()}
+        if shapes != dict(step=(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
+            raise ValueError("its optimizer is of another model")
+    generator.set_state(state["generator"])
+    return found
 
 def prepare(args):
     """-> the device, the rank of this process and the number of processes (torchrun)."""
     torch.set_num_threads(args.threads)
     if sys.platform == "linux":  # Mapping large blocks anew each time costs a third.
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+        with contextlib.suppress(OSError):  # Another C library than glibc has no such file.
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is none here, try --device cpu")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return torch.device(args.device), 0, 1
+    if world < 1 or "LOCAL_RANK" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {world} without LOCAL_RANK: start by torchrun, or unset it")
     if args.batch_size % world:
         raise ValueError(f"--batch-size {args.batch_size}: no multiple of {world} processes")
     torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
@@ -395,3 +492,4 @@ def prepare(args):
 
 if __name__ == "__main__":
     main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # All is saved; Python takes a while to end.

@@ -11,6 +11,7 @@ Both files say what is done, so that a stopped program goes on. WORDS choose set
 """
 import concurrent.futures
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -20,8 +21,8 @@ sys.path.insert(0, str(HERE.parent))
 import eval as evaluation
 import train
 
-COPY = (0.008, 0.004, 0.002)
-CUE = (0.003, 0.006, 0.0015)
+COPY = (0.008, 0.004, 0.016, 0.002)
+CUE = (0.003, 0.006, 0.0015, 0.012)
 # Setting of both rules: its flags, learning rates, most updates, seeds.
 SETTINGS = {
     "copy-*-w8-until": ("--task copy --window 8", COPY, 1000, 5),
@@ -93,7 +94,10 @@ def work(name, rule, out):
     rate = min(rates, key=needed.get)
     for seed in range(seeds):
         title = f"{cell}-s{seed}"
-        if title not in names(HERE / "runs.jsonl"):
+        row = names(HERE / "runs.jsonl").get(title, {"flags": ""})
+        usual = train.defaults(row.get("task", "copy"), rule)["lr"]
+        found = re.search(r"--lr (\S+)", row["flags"])  # The flags leave the default out.
+        if not row["flags"] or float(found[1] if found else usual) != rate:
             learn(f"{flags} --lr {rate} --seed {seed}", out / title)
             evaluation.main([str(out / title), "--append", str(HERE / "runs.jsonl")])
 
