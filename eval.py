@@ -40,7 +40,6 @@ class Options:
 GATE_FIGURES = {  # means over test episodes and steps
     "gate": "sigmoid(m_t), what the model decides of eta_t",
     "persistence": "eta_t / eta_0: the larger, the more a step writes and erases",
-    "cap_share": "eta_t n_t / (eta_0 max_norm), a share of the largest write allowed",
     "change": "what a write adds to the weights / the norm of the slow weights",
     "selectivity": "the write at a pair that is asked for / at noise, at the same step",
     "eta_selectivity": "the same for eta_t",
@@ -114,13 +113,11 @@ def gate_figures(model, gates, asked_steps=None, **_):
     # eta_t = eta_0 * sigmoid(m_t) * min(1, max_norm / n_t)
     gate = eta / (rule.eta0 * (rule.max_norm / norm).clamp(max=1))
     write = eta * norm
-    share = write / (rule.eta0 * rule.max_norm)
     slow = torch.cat([layer.weight.flatten() for layer in model.plastic_layers()]).norm()
     steps = dict(eta=eta, norm=norm, write=write, change=change, gate=gate)
     figures = dict(gates={key: values.mean(0).tolist() for key, values in steps.items()},
                    gate=gate.mean().item(), persistence=(eta.mean() / rule.eta0).item(),
-                   cap_share=share.mean().item(), change=(change.mean() / slow).item(),
-                   writes={"all": share.mean(0).tolist()})  # for --append, not printed
+                   change=(change.mean() / slow).item())
     if asked_steps is None:
         return figures
 
@@ -128,17 +125,15 @@ def gate_figures(model, gates, asked_steps=None, **_):
     counts = torch.zeros_like(write, dtype=torch.bool).scatter(1, asked_steps, True)
     both = counts.any(0) & ~counts.all(0)  # (T)
     if both.any():
-        def mean_of(values, chosen):  # over the chosen episodes, (T)
-            return (values * chosen).sum(0) / chosen.sum(0)
+        def mean_of(values, chosen):  # over the chosen episodes, (T) of the steps with both
+            return ((values * chosen).sum(0) / chosen.sum(0))[both]
 
-        writes = {"counts": mean_of(share, counts), "noise": mean_of(share, ~counts)}
-        ratio = writes["counts"] / writes["noise"]
+        ratio = mean_of(write, counts) / mean_of(write, ~counts)
         eta_ratio = mean_of(eta, counts) / mean_of(eta, ~counts)
-        figures["selectivity"] = ratio[both].mean().item()
-        figures["eta_selectivity"] = eta_ratio[both].mean().item()
-        figures["gate_counts"] = mean_of(gate, counts)[both].mean().item()
-        figures["gate_noise"] = mean_of(gate, ~counts)[both].mean().item()
-        figures["writes"] = {kind: values.tolist() for kind, values in writes.items()}
+        figures["selectivity"] = ratio.mean().item()
+        figures["eta_selectivity"] = eta_ratio.mean().item()
+        figures["gate_counts"] = mean_of(gate, counts).mean().item()
+        figures["gate_noise"] = mean_of(gate, ~counts).mean().item()
     return figures
 
 def report(row, answers=()):
@@ -169,7 +164,7 @@ def report(row, answers=()):
 
 def overview(rows):
     """Several runs, a line each."""
-    keys = ("score", "interval", "lesion", "persistence", "cap_share", "change", "selectivity")
+    keys = ("score", "interval", "lesion", "gate", "persistence", "change", "selectivity")
     yield f"{'run':32} " + " ".join(f"{key:>11}" for key in keys)
     for row in rows:
         figures = [f"{row[key]:.5f}" if key in row else "-" for key in keys]
@@ -183,10 +178,7 @@ def read_rows(path):
             row = json.loads(line)
             list(report(row))  # fails where a figure is missing or is no number
             fmean(row["curve"]["step"] + row["curve"]["val_metric"])
-            missing = {"task", "rule"} - row.keys()
-            if missing:
-                raise ValueError(f"a row has no {missing}")
-            rows[row["name"]] = row
+            rows[row["name"]] = {"task": row["task"], "rule": row["rule"], **row}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}): name a file of --append") from error
     return list(rows.values())

@@ -575,7 +575,7 @@ def test_commands_from_outside():
     assert status == 0 and "on cpu" in output, output
     run = "out/copy-none-s0"
     assert {*os.listdir(folder / run)} == {"best.pt", "ckpt.pt", "metrics.jsonl"}
-    assert shell(f"{python}/eval.py {run} --episodes 4 | true") == (0, ""), "an error, as the reader has left"
+    assert shell(f"{python}/eval.py {run} --episodes 4 | true") == (0, ""), "the reader has left"
     output = call(train, f"{TINY_COPY} --rule none --steps 1 --out-dir '{folder}/a b'")
     assert output.endswith(f"python eval.py '{folder}/a b'\n")
 
@@ -848,13 +848,11 @@ def test_measured_figures():
     figures = dict(score=right.mean(), interval=1.96 * right.mean(1).std() / 30**0.5,
                    lesion=lesioned.mean(), lesion_interval=1.96 * lesioned.mean(1).std() / 30**0.5,
                    loss=task.loss(outs[0], episodes.target), persistence=eta.mean() / 0.02,
-                   cap_share=write.mean() / 0.02, change=change.mean() / slow,
-                   gate=(eta / (0.02 * (1 / norm).clamp(max=1))).mean())
+                   change=change.mean() / slow, gate=(eta / (0.02 * (1 / norm).clamp(max=1))).mean())
     for key, figure in figures.items():
         assert abs(row[key] - figure) < 1e-5, key
     for key, gate in dict(eta=eta, norm=norm, write=write, change=change).items():
         assert_close(torch.tensor(row["gates"][key]), gate.mean(0), key, 1e-5)
-    assert_close(torch.tensor(row["writes"]["all"]), write.mean(0) / 0.02, "writes", 1e-3)
     facts = dict(name=run.name, rule="hebbian", seed=1, chance=0.25, episodes=30, best_step=2,
                  steps="item item blank blank blank delimiter recall recall".split(),
                  machine=f"CPU, torch {torch.__version__}, Python {sys.version.split()[0]}",
@@ -903,9 +901,6 @@ def test_salience_and_intervals():
         return sum(w**2 / (0.02 * min(1, 0.5 * w)) for w in writes) / len(writes)
     assert math.isclose(row["gate_counts"], (gate(6, 2) + gate(9, 9) + gate(1)) / 3)
     assert math.isclose(row["gate_noise"], (gate(1, 2, 3) + gate(3, 3, 3) + gate(4, 4, 4, 4)) / 3)
-    for kind, first, means in ("counts", 0, [7.0, 4, 9, 1]), ("noise", 1, [2.0, 3, 4, 7]):
-        shares = torch.tensor(row["writes"][kind][first:first + 4])  # of eta_0 * max_norm
-        assert_close(shares * 0.02 * 0.5, torch.tensor(means), kind, 1e-5)
     assert "selectivity" not in evaluation.gate_figures(model, gates, torch.tensor([[0, 1]] * 5))
     assert math.isclose(evaluation.interval(torch.ones(600, 5)), 1 - 600 / (600 + 1.96**2))
     assert evaluation.interval(torch.ones(1, 5)) == math.inf  # above: Wilson's, as all is right
@@ -936,7 +931,8 @@ def test_bad_arguments():
     for environ in (dict(WORLD_SIZE="0"), dict(WORLD_SIZE="2"), dict(WORLD_SIZE="x")):
         with mock.patch.dict(os.environ, environ):
             assert "error" in call(train, f"--out-dir {out}", 2)
-    assert "--out-dir" in call(train, "--out-dir=", 2) and not out.exists()
+    for name in ("", "-dash"):
+        assert "--out-dir" in call(train, f"--out-dir={name}", 2) and not out.exists()
     out.write_text("a file")
     assert str(out) in call(train, f"--steps 1 --out-dir {out}", 2)
     assert str(out) in call(evaluation, str(out), 2) and out.read_text() == "a file"
@@ -974,12 +970,13 @@ def damages(path, trap):  # what no command can read in place of a checkpoint or
         wrong = [trap, None, {"task": "copy"}, *(state["args"] | misfit for misfit in misfits)]
         changes = [dict(model={}), dict(model=None), *(dict(args=args) for args in wrong)]
     if "run" in state:  # Without its parts the content is that of best.pt.
-        run, optimizer = state["run"], state["optimizer"]
+        run = state["run"]
+        optimizer = state["optimizer"]
         yield from (saved({key: part for key, part in state.items() if key != gone})
                     for gone in ("run", "optimizer", "generator"))
-        changes += [dict(run=run | change) for change in (
-            dict(step="4"), dict(step=-1), dict(best=None), dict(losses=["x"]), dict(log=[5]),
-            dict(log=[{"step": 4}]), dict(log=[run["log"][0] | {"val_loss": "x"}]), dict(seconds=1))]
+        wrong = [dict(step="4"), dict(step=-1), dict(best=None), dict(losses=["x"]), dict(log=[5]),
+                 dict(log=[{"step": 4}]), dict(log=[run["log"][0] | {"val_loss": "x"}])]
+        changes += [dict(run=run | change) for change in wrong]
         moments = optimizer["state"][0] | {"exp_avg": torch.zeros(3)}
         changes += [dict(optimizer=optimizer | {"state": state}) for state in (
             None, {0: {}}, {0: moments}, {999: optimizer["state"][0]})]
@@ -1002,7 +999,8 @@ def test_damaged_files():
     cases = [(path, content, {2}) for path in binaries for content in damages(path, trap)]
     trapped = next(damages(pack, trap))
     row = json.loads(rows.read_text())
-    misfits = [{key: row[key] for key in row if key != gone} for gone in ("name", "flags", "score", "task", "curve")]
+    misfits = [{key: row[key] for key in row if key != gone}
+               for gone in ("name", "flags", "score", "task", "rule", "curve")]
     misfits += [row | {"score": None}, row | {"gates": 3}, row | {"curve": {"step": [1]}}]
     contents = (b"x", b"5", b"[1]", b"{}", b"\xff", *(json.dumps(x).encode() for x in misfits))
     cases += [(rows, content, {2}) for content in (trapped, *contents)]
@@ -1055,7 +1053,9 @@ def test_faults_lose_nothing():
 
 def test_what_is_missing_linked_or_planted():
     argv = f"{TINY_COPY} --rule none --steps 2 --eval-interval 1"
-    run, target, planted = trained(argv), new_folder() / "target", new_folder() / "planted"
+    run = trained(argv)
+    target = new_folder() / "target"
+    planted = new_folder() / "planted"
     log = (run / "metrics.jsonl").read_text()
     (run / "best.pt").unlink()
     shutil.move(run / "metrics.jsonl", target)
@@ -1078,7 +1078,8 @@ def test_what_is_missing_linked_or_planted():
     os.close(reader)
 
 def test_a_stranger_names_no_folder():
-    run, folder = trained(f"{TINY_IMAGES} --steps 1 --data-dir {fake_packs()}"), new_folder()
+    run = trained(f"{TINY_IMAGES} --rule none --steps 1 --data-dir {fake_packs()}")
+    folder = new_folder()
     for name in ("ckpt.pt", "best.pt"):
         state = load(run, name)
         torch.save(state | {"args": state["args"] | {"data_dir": f"{folder}/new"}}, run / name)
@@ -1088,8 +1089,10 @@ def test_a_stranger_names_no_folder():
     assert not os.listdir(folder)
 
 def test_nothing_is_measured_in_vain():
-    copy, cue = trained(f"{TINY_COPY} --rule none --steps 1"), trained(f"{TINY} --task cue --steps 1")
-    folder, rows = new_folder(), new_folder() / "rows"
+    copy = trained(f"{TINY_COPY} --rule none --steps 1")
+    cue = trained(f"{TINY} --task cue --rule none --steps 1")
+    folder = new_folder()
+    rows = new_folder() / "rows"
     rows.write_text("half a li")
     for flags in ("--append {}/no/rows", "--append {}", "--plot {}/no/x.png", "--plot {}/x.doc",
                   f"--append {rows}"):
@@ -1116,7 +1119,8 @@ def test_terminals_that_cannot_print():
     assert r"\xe9" in call(evaluation, f"{run} --episodes 2", encoding="ascii")
 
 def test_ctrl_c():
-    run, new = trained(f"{TINY_COPY} --rule none --steps 1"), new_folder() / "new"
+    run = trained(f"{TINY_COPY} --rule none --steps 1")
+    new = new_folder() / "new"
     cases = [(evaluation, "measure", evaluation, f"{run}"), (train, "load_run", train, "--resume"),
              (train, "make_task", train, "--steps 1"), (train, "parse_args", train, "")]
     for owner, name, script, argv in cases:
@@ -1157,8 +1161,9 @@ def test_random_arguments():
     assert not all(output.startswith("error: ") for output in outputs)
 
 def test_requirements():
-    lines = re.findall(r"^torch(?:vision)?>=(\d+)\.(\d+)$", (HERE / "requirements.txt").read_text(), re.M)
-    assert [tuple(map(int, line)) for line in lines] == [(2, 6), (0, 21)], "older ones run code"
+    lines = (HERE / "requirements.txt").read_text().splitlines()[1:]
+    oldest = [tuple(map(int, re.findall(r"\d+", line))) for line in lines]
+    assert oldest >= [(2, 6), (0, 21)], "older ones run code that is in a file"
 
 def test_flags_are_explained():
     flags = {flag: known.help for flag, known in known_flags(train).items()}

@@ -23,7 +23,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
-from shlex import quote
+from shlex import join
 from statistics import fmean
 
 import torch
@@ -329,14 +329,12 @@ def limited(field):
     low, high = field.metadata["limits"]
 
     def value_of(text):
-        if field.type is str:
-            if not text:
-                raise argparse.ArgumentTypeError("there is nothing behind the flag")
-            return text
         value = field.type(text)
-        if low <= value <= high:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        if field.type is str and (not text or text.startswith("-")):
+            raise argparse.ArgumentTypeError(f"'{text}' is no name: begin it with ./")
+        if field.type is not str and not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
     return value_of
 
 def fail(message):
@@ -411,10 +409,8 @@ def save_checkpoint(run, args, model, optimizer, generator):
 
 def place(args):
     """The folders of a run, as a command names them."""
-    out_dir = f"./{args.out_dir}" if args.out_dir.startswith("-") else args.out_dir
-    if args.data_dir == Training.data_dir:
-        return quote(out_dir)
-    return f"{quote(out_dir)} --data-dir {quote(args.data_dir)}"
+    data_dir = ["--data-dir", args.data_dir] if args.data_dir != Training.data_dir else []
+    return join([args.out_dir, *data_dir])
 
 @contextlib.contextmanager
 def loading(path):
@@ -449,16 +445,14 @@ def load_run(path, changes=()):
 
 def restore(state, run, optimizer, generator):
     """Restore what a checkpoint has besides the model -> its run, which is like `run`."""
-    def types(values):
-        return {name: type(value) for name, value in values.items()}
-
     found = state["run"]
-    log = dict(step=int, train_loss=float, metric=str, val_loss=float, val_metric=float,
-               seconds=float)
-    if (types(found) != types(run) or any(types(line) != log for line in found["log"])
-            or any(type(loss) is not float for loss in found["losses"])
-            or found["step"] < -state["args"]["pretrain_steps"]):
-        raise ValueError("it has no run to go on with")
+    line = dict(step=0, train_loss=0.0, metric="", val_loss=0.0, val_metric=0.0, seconds=0.0)
+    pairs = [(found, run), *((logged, line) for logged in found["log"])]
+    for values, known in pairs:
+        if {key: type(values[key]) for key in values} != {key: type(known[key]) for key in known}:
+            raise ValueError("it has no run to go on with")
+    if sum(found["losses"], 0.0) == math.inf or found["step"] < -state["args"]["pretrain_steps"]:
+        raise ValueError("its run is at no step")
 
     groups = optimizer.state_dict()["param_groups"]  # train.update sets the learning rate.
     optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
@@ -483,7 +477,7 @@ def prepare(args):
     if world == 1:
         return torch.device(args.device), 0, 1
     if world < 1 or "LOCAL_RANK" not in os.environ:
-        raise ValueError(f"WORLD_SIZE is {world} without LOCAL_RANK: start by torchrun, or unset it")
+        raise ValueError(f"WORLD_SIZE {world} without LOCAL_RANK: start by torchrun, or unset it")
     if args.batch_size % world:
         raise ValueError(f"--batch-size {args.batch_size}: no multiple of {world} processes")
     torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")

@@ -22,7 +22,8 @@ from statistics import fmean, stdev, variance
 HERE = Path(__file__).resolve().parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
 RULES = {"none": "static", "hebbian": "Hebbian", "gradient": "gradient"}
-GATES = ("persistence", "cap_share", "change", "selectivity", "eta_selectivity")
+GATES = ("gate", "persistence", "change", "selectivity", "eta_selectivity", "gate_counts",
+         "gate_noise")
 SCORES = ("score", "best", "worst", "lesion", "prototype")
 FIGURES = (*SCORES, *GATES, "seeds", "interval", "learned", "minutes")
 
