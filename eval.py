@@ -30,7 +30,7 @@ class Options:
     only: str = setting("*", "pattern of the runs of a file, such as 'copy-*-s0'")
     append: str = setting(None, "file that gets a line per measured run")
     plot: str = setting(None, "picture to draw (needs matplotlib)")
-    episodes: int = setting(600, "test episodes", 1)
+    episodes: int = setting(600, "number of test episodes", 2)
     batch_size: int = setting(20, "episodes per batch; another size draws others", 1)
     seed: int = setting(0, "seed of the test episodes", 0, 2**60)
     device: str = setting(DEVICE, "where to compute", choices=("cpu", "cuda"))
@@ -42,7 +42,6 @@ GATE_FIGURES = {  # means over test episodes and steps
     "persistence": "eta_t / eta_0: the larger, the more a step writes and erases",
     "change": "what a write adds to the weights / the norm of the slow weights",
     "selectivity": "the write at a pair that is asked for / at noise, at the same step",
-    "eta_selectivity": "the same for eta_t",
     "gate_counts": "sigmoid(m_t) at pairs that are asked for",
     "gate_noise": "sigmoid(m_t) at noise"}
 
@@ -100,8 +99,6 @@ def interval(scores):
     """Half the 95% interval of the mean of scores (n, L) of n episodes."""
     n = len(scores)
     means = scores.mean(1)  # (n)
-    if n == 1:
-        return math.inf
     if means.eq(1).all():  # Wilson's interval, for n right answers of n.
         return 1.96**2 / (n + 1.96**2)
     return 1.96 * means.std().item() / math.sqrt(n)
@@ -129,9 +126,7 @@ def gate_figures(model, gates, asked_steps=None, **_):
             return ((values * chosen).sum(0) / chosen.sum(0))[both]
 
         ratio = mean_of(write, counts) / mean_of(write, ~counts)
-        eta_ratio = mean_of(eta, counts) / mean_of(eta, ~counts)
         figures["selectivity"] = ratio.mean().item()
-        figures["eta_selectivity"] = eta_ratio.mean().item()
         figures["gate_counts"] = mean_of(gate, counts).mean().item()
         figures["gate_noise"] = mean_of(gate, ~counts).mean().item()
     return figures
@@ -142,11 +137,7 @@ def report(row, answers=()):
     for title, key, half in ((f"test {row['metric']}", "score", "interval"),
                              ("lesioned (eta = 0)", "lesion", "lesion_interval")):
         if key in row or key == "score":
-            low = max(0, row[key] - row[half])
-            high = row[key] + row[half]
-            if row["metric"] == "accuracy":
-                high = min(1, high)
-            yield (f"  {title:18} {row[key]:.5f}   95% interval {low:.5f} to {high:.5f}, "
+            yield (f"  {title:18} {row[key]:.5f} ± {row[half]:.5f} (95% interval), "
                    f"{row['episodes']} episodes; guessing {row['chance']:.5}")
     if "prototype" in row:
         yield f"  nearest prototype  {row['prototype']:.5f}   (the encoder alone)"
@@ -200,7 +191,6 @@ def append_row(path, row):
 def plot(rows, path):
     """The validation score by update: a thin line per run, a bold one per rule."""
     from matplotlib.figure import Figure
-
     tasks = {row["task"] for row in rows}
     if len(tasks) > 1:
         raise ValueError(f"--plot: these are runs of {', '.join(sorted(tasks))}, choose one task")

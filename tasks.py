@@ -1,9 +1,8 @@
 """The five tasks of arXiv 2510.21908, each a source of episodes.
 
 An episode shows a context step by step, then asks. A task is a dataclass whose fields
-are the sizes of an episode; their limits keep an episode under 10,000 steps. sample(split,
-batch_size, generator) draws episodes, loss(out, target) trains a model, and score(out,
-target) measures each answer. A task also has
+are the sizes of an episode, limited to 10,000 steps. sample(split, batch_size, generator)
+draws episodes, loss(out, target) trains a model, score(out, target) rates answers. And:
 
     kind         "token", "vector" or "image"; model.Embed reads more sizes of each kind
     n_out        number of outputs per answer

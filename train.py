@@ -170,18 +170,6 @@ def evaluate(answer, task, split, options, n, device):
             parts["gates"].append(torch.stack(gates).double())
     return {name: torch.cat(part, dim=-2).cpu() for name, part in parts.items()}  # along n
 
-def is_learned(score, task):
-    """Is a score within 5% of perfect, measured from the score of a guess?"""
-    return abs(score - task.perfect) <= abs(task.chance - task.perfect) / 20 + 1e-9
-
-def summarize(run, args, task):
-    """Print how long the run took, when its score came near perfect, and what is next."""
-    learned = [line["step"] for line in run["log"]
-               if line["step"] > 0 and is_learned(line["val_metric"], task)]
-    print(f"finished: {run['step']} updates, {run['seconds']:.0f} s; best {task.metric} "
-          f"{run['best']:.4f}; within 5% of perfect by update {learned[0] if learned else '-'}\n"
-          f"now: python eval.py {place(args)}")
-
 @torch.no_grad()
 def show(model, task, split, device, n=3):
     """n episodes as lines; a lesioned model is one that writes nothing."""
@@ -204,10 +192,10 @@ def main(argv=None):
         try:
             begin(args)
         except KeyboardInterrupt as error:
-            if not Path(args.out_dir, "ckpt.pt").exists():
-                raise
-            advice = f"stopped; to go on: python train.py --resume --out-dir {place(args)}"
-            raise KeyboardInterrupt(advice) from error
+            if Path(args.out_dir, "ckpt.pt").exists():
+                advice = f"stopped; to go on: python train.py --resume --out-dir {place(args)}"
+                error.args = (advice,)
+            raise
 
 def begin(args):
     """Make what a run needs, anew or from its checkpoint, and train."""
@@ -235,11 +223,10 @@ def begin(args):
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        lost = run["best"] < math.inf and not (folder / "best.pt").exists()
-        if lost:
+        if run["best"] < math.inf and not (folder / "best.pt").exists():
             print(f"{folder / 'best.pt'} is missing: the model of ckpt.pt replaces it", flush=True)
             save_best(run, args, model)
-        if lost or not args.resume:
+        if not args.resume:
             save_checkpoint(run, args, model, optimizer, generator)
         save_log(run, args)
         slow = sum(parameter.numel() for parameter in model.parameters())
@@ -251,7 +238,8 @@ def begin(args):
     train(args, task, model, optimizer, generator, run, device, rank, world)
     if rank == 0:
         print(*show(model, task, "val", device), sep="\n")
-        summarize(run, args, task)
+        print(f"finished: {run['step']} updates, {run['seconds']:.0f} s; best {task.metric} "
+              f"{run['best']:.4f}\nnow: python eval.py {place(args)}")
 
 # ------ Flags, files, devices, torchrun: nothing below is about learning. ------
 CHANGEABLE = ("resume", "out_dir", "data_dir", "device", "threads", "steps", "lr", "batch_size",
@@ -278,7 +266,6 @@ def parse_args(argv=None):
     return args
 
 def train_parser():
-    """The parser of all flags of train.py."""
     parser = new_parser(__doc__, "python train.py [--task TASK] [--rule RULE] [flags]")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
     add_flags(parser, "training", Training)
@@ -296,11 +283,9 @@ def defaults(task, rule):
     return {**settings, **task_defaults, "task": task, "rule": rule}
 
 def new_parser(description, usage):
-    """A parser that returns the flags given. A later flag replaces one of its name.
-    What it does not understand is a ValueError."""
+    """A parser of the flags given, or ValueError. A later flag replaces one of its name."""
     def refuse(message):
         raise ValueError(message)
-
     parser = argparse.ArgumentParser(
         description=description, usage=usage, allow_abbrev=False,
         argument_default=argparse.SUPPRESS, conflict_handler="resolve",
@@ -337,11 +322,6 @@ def limited(field):
         return value
     return value_of
 
-def fail(message):
-    """End as every bad input does: one line, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
 def stop(number, frame):
     """The first signal raises KeyboardInterrupt. The second ends the process at once."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -364,12 +344,13 @@ def errors_as_one_line():
         sys.exit(130)
     except BrokenPipeError:  # The reader of our output has left.
         os._exit(1)
-    except (ValueError, OSError, FloatingPointError) as error:
-        fail(error)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "allocate" in str(error):
-            fail("out of memory: lower --batch-size, --d-model, --d-ff or --n-layer")
-        raise
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise  # a fault of ours
+        if isinstance(error, (MemoryError, RuntimeError)):
+            error = "out of memory: lower --batch-size, --d-model, --d-ff or --n-layer"
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 def save(path, content):
     """Write bytes, or a dict by torch.save, beside the file, then rename: none is ever half."""
@@ -407,8 +388,7 @@ def save_checkpoint(run, args, model, optimizer, generator):
                  optimizer=optimizer.state_dict(), generator=generator.get_state())
     save(Path(args.out_dir) / "ckpt.pt", state)
 
-def place(args):
-    """The folders of a run, as a command names them."""
+def place(args):  # the folders of a run, as a command names them
     data_dir = ["--data-dir", args.data_dir] if args.data_dir != Training.data_dir else []
     return join([args.out_dir, *data_dir])
 
@@ -424,8 +404,7 @@ def loading(path):
 def load_run(path, changes=()):
     """-> checkpoint, task, model, with some settings changed. ValueError if it fails.
 
-    A file may come from a stranger: its settings must be such as flags can set, and its
-    weights decide how large the model is. It does not say where images are downloaded.
+    A stranger's file has no more power than flags, and names no folder to download to.
     """
     with loading(path):
         state = torch.load(path, weights_only=True, map_location="cpu")
@@ -466,11 +445,10 @@ def restore(state, run, optimizer, generator):
 def prepare(args):
     """-> the device, the rank of this process and the number of processes (torchrun)."""
     torch.set_num_threads(args.threads)
-    if sys.platform == "linux":  # Mapping large blocks anew each time costs a third.
-        with contextlib.suppress(OSError):  # Another C library than glibc has no such file.
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+    with contextlib.suppress(OSError):  # Without glibc, memory costs a third of the time.
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: map no large block anew
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is none here, try --device cpu")
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -22,8 +22,7 @@ from statistics import fmean, stdev, variance
 HERE = Path(__file__).resolve().parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
 RULES = {"none": "static", "hebbian": "Hebbian", "gradient": "gradient"}
-GATES = ("gate", "persistence", "change", "selectivity", "eta_selectivity", "gate_counts",
-         "gate_noise")
+GATES = ("gate", "persistence", "change", "selectivity", "gate_counts", "gate_noise")
 SCORES = ("score", "best", "worst", "lesion", "prototype")
 FIGURES = (*SCORES, *GATES, "seeds", "interval", "learned", "minutes")
 
