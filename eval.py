@@ -255,4 +255,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # All is done; Python takes a while to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # All is done; Python ends.

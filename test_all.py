@@ -848,7 +848,8 @@ def test_measured_figures():
     figures = dict(score=right.mean(), interval=1.96 * right.mean(1).std() / 30**0.5,
                    lesion=lesioned.mean(), lesion_interval=1.96 * lesioned.mean(1).std() / 30**0.5,
                    loss=task.loss(outs[0], episodes.target), persistence=eta.mean() / 0.02,
-                   change=change.mean() / slow, gate=(eta / (0.02 * (1 / norm).clamp(max=1))).mean())
+                   gate=(eta / (0.02 * (1 / norm).clamp(max=1))).mean(),
+                   change=change.mean() / slow)
     for key, figure in figures.items():
         assert abs(row[key] - figure) < 1e-5, key
     for key, gate in dict(eta=eta, norm=norm, write=write, change=change).items():

@@ -2,7 +2,7 @@
 
     python train.py --task copy --rule hebbian              # half a minute
     python train.py --task copy --rule gradient --window 8  # attention is too short
-    python train.py --task omniglot --rule hebbian          # downloads Omniglot, once
+    python train.py --task omniglot --rule hebbian          # downloads images once
     python train.py --resume --out-dir out/copy-hebbian-s0  # go on after a stop
     python eval.py out/copy-hebbian-s0                      # measure the model
 
@@ -42,15 +42,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass
 class Training:
-    """The settings of a run, besides those of model.Config and of its task (tasks.py)."""
+    """The settings of a run, besides those of model.Config and of its task."""
     task: str = setting("copy", "what to learn", choices=tuple(TASKS))
     steps: int = setting(None, "number of updates", 1)
     batch_size: int = setting(32, "episodes per update", 1)
     lr: float = setting(None, "peak learning rate (warm-up, then cosine)", 1e-12, 1)
-    pretrain_steps: int = setting(0, "updates of the image encoder alone, before", 0)
+    pretrain_steps: int = setting(0, "updates of the image encoder, before", 0)
     seed: int = setting(0, "seed of everything random", 0, 2**60)
     device: str = setting(DEVICE, "where to compute", choices=("cpu", "cuda"))
-    threads: int = setting(1, "CPU threads; more slow small operations down", 1, 1024)
+    threads: int = setting(1, "CPU threads; many slow small models down", 1, 1024)
     out_dir: str = setting(None, "folder of the run (default: out/TASK-RULE-sSEED)")
     data_dir: str = setting("data", "folder of the images, downloaded if need be")
     eval_interval: int = setting(None, "updates per evaluation (default: a tenth)", 1)
@@ -74,7 +74,7 @@ def train(args, task, model, optimizer, generator, run, device, rank, world):
             lr = PRETRAIN_LR * schedule(step + args.pretrain_steps, args.pretrain_steps)
             interval = PRETRAIN_INTERVAL
         else:
-            model.train(not args.pretrain_steps)  # A frozen batch norm must not change.
+            model.train(not args.pretrain_steps)  # A frozen encoder does not change.
             episodes = task.sample("train", args.batch_size, generator)
             episodes = episodes.to(device, rank, world)
             out, _ = model(episodes)
@@ -90,10 +90,10 @@ def train(args, task, model, optimizer, generator, run, device, rank, world):
             model.eval()
             line = validate(run, args, task, model, device)
             save_checkpoint(run, args, model, optimizer, generator)
-            print(line, flush=True)  # after saving: a closed pipe or terminal loses nothing
+            print(line, flush=True)  # after saving: a closed pipe loses nothing
 
 def encoder_loss(args, task, model, generator, device):
-    """Pretraining: find the nearest prototype, and on CIFAR-FS name the class, too."""
+    """Pretraining: find the nearest prototype; on CIFAR-FS also name the class."""
     episodes = task.sample("train", 1, generator, PRETRAINING[args.task]).to(device)
     features = model.embed.features(episodes)  # (1, T + Q, E)
     loss = task.loss(nearest_prototype(features, episodes), episodes.target)
@@ -103,20 +103,20 @@ def encoder_loss(args, task, model, generator, device):
     return loss
 
 def freeze_encoder(args, task, model, device):
-    """Freeze a pretrained encoder, and encode images once where they never change."""
+    """Freeze a pretrained encoder. Images that never change are encoded once."""
     if args.pretrain_steps:
         model.embed.encoder.requires_grad_(False).eval()
         for split in ("train", "val"):
             task.encode_images(split, model.embed.encoder, device)
 
 def schedule(step, steps):
-    """The share of the peak learning rate: a linear warm-up, times a cosine to 5%."""
+    """The share of the peak learning rate: linear warm-up times a cosine to 5%."""
     warmup = min(step / LR_WARMUP, 1)
     cosine = (1 + math.cos(math.pi * step / steps)) / 2
     return warmup * (0.05 + 0.95 * cosine)
 
 def update(loss, optimizer, lr, world=1):
-    """Update the model by a batch's loss -> its value. FloatingPointError if infinite."""
+    """Update the model by a loss -> its value. FloatingPointError if infinite."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -134,10 +134,10 @@ def update(loss, optimizer, lr, world=1):
     return loss.item()
 
 def validate(run, args, task, model, device):
-    """Evaluate on the same validation episodes each time; log the scores, save the best
-    model -> a line that says how it went."""
+    """Evaluate on validation episodes, the same each time; save log and best model.
+    -> a line that says how it went."""
     step = run["step"]
-    answer = model if step > 0 else model.embed.answer  # in pretraining, the encoder
+    answer = model if step > 0 else model.embed.answer  # the encoder alone
     result = evaluate(answer, task, "val", args, EVAL_EPISODES, device)
     loss = result["losses"].mean().item()
     score = result["scores"].mean().item()
@@ -246,7 +246,7 @@ CHANGEABLE = ("resume", "out_dir", "data_dir", "device", "threads", "steps", "lr
               "eval_interval")  # the settings that --resume may change
 
 def parse_args(argv=None):
-    """All settings of a run: those given, else those to resume, else the defaults."""
+    """All settings of a run: flags, else those to resume, else the defaults."""
     given = vars(train_parser().parse_args(argv))
     settings = defaults(given.get("task", "copy"), given.get("rule", "hebbian"))
     settings["out_dir"] = "out/{task}-{rule}-s{seed}".format(**{**settings, **given})
@@ -294,7 +294,7 @@ def new_parser(description, usage):
     return parser
 
 def add_flags(parser, title, settings, tasks=TASKS):
-    """A flag per setting. Its help names the default, and those of tasks that differ."""
+    """A flag per setting. Its help names the default, also of tasks that differ."""
     group = parser.add_argument_group(title)
     for field in fields(settings):
         if not field.metadata:
@@ -323,14 +323,14 @@ def limited(field):
     return value_of
 
 def stop(number, frame):
-    """The first signal raises KeyboardInterrupt. The second ends the process at once."""
+    """The first signal raises KeyboardInterrupt. The second ends all at once."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     signal.signal(signal.SIGTERM, lambda *_: os._exit(130))
     raise KeyboardInterrupt
 
 @contextlib.contextmanager
 def errors_as_one_line():
-    """Whatever a user can mend ends the program with one line, and Ctrl-C does, too."""
+    """What a user can mend ends the program with one line. So does Ctrl-C."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
     sys.stderr.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, stop)
@@ -339,7 +339,7 @@ def errors_as_one_line():
     try:
         yield
     except KeyboardInterrupt as stopped:
-        if os.environ.get("RANK", "0") == "0":  # One process of torchrun says it for all.
+        if os.environ.get("RANK", "0") == "0":  # one process of torchrun
             print(str(stopped) or "stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # The reader of our output has left.
@@ -365,7 +365,7 @@ def save(path, content):
             path.write_bytes(content)
             return
         temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:  # x: a link that another user put there fails
+        with open(temporary, "xb") as file:  # x: never through a planted link
             file.write(content)
         os.replace(temporary, path)
     except BaseException as error:
@@ -402,9 +402,9 @@ def loading(path):
         raise ValueError(f"{path} does not load ({reason}): name a run of train.py") from error
 
 def load_run(path, changes=()):
-    """-> checkpoint, task, model, with some settings changed. ValueError if it fails.
+    """-> checkpoint, task, model, with settings changed. ValueError if it fails.
 
-    A stranger's file has no more power than flags, and names no folder to download to.
+    A stranger's file has no more power than flags, and names no data folder.
     """
     with loading(path):
         state = torch.load(path, weights_only=True, map_location="cpu")
@@ -423,7 +423,7 @@ def load_run(path, changes=()):
         return state, task, model.float()
 
 def restore(state, run, optimizer, generator):
-    """Restore what a checkpoint has besides the model -> its run, which is like `run`."""
+    """Restore what a checkpoint has besides the model -> its run, like `run`."""
     found = state["run"]
     line = dict(step=0, train_loss=0.0, metric="", val_loss=0.0, val_metric=0.0, seconds=0.0)
     pairs = [(found, run), *((logged, line) for logged in found["log"])]
@@ -443,9 +443,9 @@ def restore(state, run, optimizer, generator):
     return found
 
 def prepare(args):
-    """-> the device, the rank of this process and the number of processes (torchrun)."""
+    """-> the device; the rank of this process, and their number (torchrun)."""
     torch.set_num_threads(args.threads)
-    with contextlib.suppress(OSError):  # Without glibc, memory costs a third of the time.
+    with contextlib.suppress(OSError):  # Only glibc needs this, for a third of the time.
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no large block anew
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
@@ -464,4 +464,4 @@ def prepare(args):
 
 if __name__ == "__main__":
     main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # All is saved; Python takes a while to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # All is saved; Python ends.
