@@ -1066,7 +1066,7 @@ def test_what_is_missing_linked_or_planted():
     call(evaluation, f"{run} --episodes 2")
     target.unlink()
     os.mkfifo(target)  # Like a device, it must stay.
-    reader = os.open(target, os.O_RDWR)
+    reader = os.open(target, os.O_RDWR | os.O_NONBLOCK)
     call(train, f"--resume --out-dir {run}")
     assert os.read(reader, 10**6).decode() == log and target.is_fifo()
     call(evaluation, f"{run} --episodes 2 --append {target}")
