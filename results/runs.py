@@ -1,10 +1,10 @@
 """Train each rule until it has learned, at its own learning rate: python results/runs.py WORDS
 
-A setting below has a grid of learning rates and a cap on the updates. Seeds 100 and 101
-choose the rate of each rule: the rate that needs the fewest updates, where a try that
-does not learn counts as many as it had. Other seeds then train at this rate. The rate
-decays by a cosine over all updates of the cap, and a run ends once it has learned: at the
-first evaluation, of one per 10 updates, within 5% of perfect.
+A task has a grid of learning rates, and a setting has a cap on the updates. Seed 100, in
+some settings also 101, chooses the rate of each rule: the rate that needs the fewest
+updates, where a try that does not learn counts as many as it had. Other seeds then train
+at this rate. The rate decays by a cosine over all updates of the cap, and a run ends once
+it has learned: at the first evaluation, of one per 10 updates, within 5% of perfect.
 
 Tries go to search.jsonl, a line each, and runs to runs.jsonl as eval.py measures them.
 Both files say what is done, so that a stopped program goes on. WORDS choose settings.
@@ -21,19 +21,17 @@ sys.path.insert(0, str(HERE.parent))
 import eval as evaluation
 import train
 
-COPY = (0.008, 0.004, 0.016, 0.002)
-CUE = (0.003, 0.006, 0.0015, 0.012)
-# Setting of both rules: its flags, learning rates, most updates, seeds.
+RATES = {"copy": (0.008, 0.004, 0.002), "cue": (0.003, 0.006, 0.0015)}
+# Setting of both rules: its flags, most updates, number of seeds, seeds that choose a rate.
 SETTINGS = {
-    "copy-*-w8-until": ("--task copy --window 8", COPY, 1000, 5),
-    "copy-*-w8-len10-until": ("--task copy --window 8 --seq-len 10", COPY, 1000, 5),
-    "copy-*-w8-delay80-until": ("--task copy --window 8 --delay 80", COPY, 500, 5),
-    "copy-*-w8-len20-until": ("--task copy --window 8 --seq-len 20", COPY, 1000, 5),
-    "cue-*-w1-pairs32-until": ("--task cue --window 1 --pairs 32 --cues 64", CUE, 1000, 5),
-    "copy-*-w8-delay160-until": ("--task copy --window 8 --delay 160", COPY, 500, 3),
-    "cue-*-w1-pairs64-until": ("--task cue --window 1 --pairs 64 --cues 64", CUE, 1000, 5),
-    "copy-*-w8-len40-until": ("--task copy --window 8 --seq-len 40", COPY, 500, 3)}
-SEARCH_SEEDS = (100, 101)
+    "copy-*-w8-until": ("--task copy --window 8", 1000, 5, 2),
+    "copy-*-w8-len10-until": ("--task copy --window 8 --seq-len 10", 1000, 5, 2),
+    "copy-*-w8-delay80-until": ("--task copy --window 8 --delay 80", 500, 5, 1),
+    "copy-*-w8-len20-until": ("--task copy --window 8 --seq-len 20", 1000, 5, 1),
+    "cue-*-w1-pairs32-until": ("--task cue --window 1 --pairs 32 --cues 64", 1000, 5, 1),
+    "copy-*-w8-delay160-until": ("--task copy --window 8 --delay 160", 500, 3, 1),
+    "cue-*-w1-pairs64-until": ("--task cue --window 1 --pairs 64 --cues 64", 1000, 3, 1),
+    "copy-*-w8-len40-until": ("--task copy --window 8 --seq-len 40", 500, 3, 1)}
 
 class Learned(Exception):
     """A run is within 5% of perfect, or has had as many updates as it may have."""
@@ -67,11 +65,12 @@ def names(path):
 
 def work(name, rule, out):
     """All tries and runs of a setting and rule that are not in the files yet."""
-    flags, rates, cap, seeds = SETTINGS[name]
+    flags, cap, seeds, search_seeds = SETTINGS[name]
+    rates = RATES[name.split("-")[0]]
     cell = name.replace("*", rule)
     flags = f"{flags} --rule {rule} --steps {cap} --eval-interval 10"
     needed = {rate: 0 for rate in rates}
-    for seed in SEARCH_SEEDS:
+    for seed in range(100, 100 + search_seeds):
         most = cap
         for rate in rates:
             title = f"search-{cell}-lr{rate}-seed{seed}"
