@@ -750,6 +750,12 @@ def test_resumed_run_is_the_same():
     rate = load(part)["optimizer"]["param_groups"][0]["lr"]
     assert math.isclose(rate, 0.5 * 9 / 25 * 0.05) and load(part)["args"]["lr"] == 0.5
 
+def test_weight_decay_and_clip():
+    small = trained(f"{TINY_COPY} --rule none --steps 1 --lr 1e-9 --weight-decay 1 --clip 1e-9")
+    group, = load(small)["optimizer"]["param_groups"]
+    moments = [state["exp_avg"].norm() for state in load(small)["optimizer"]["state"].values()]
+    assert group["weight_decay"] == 1 and 0 < torch.stack(moments).norm() < 1.01e-10
+
 def test_killed_at_any_moment():  # KILLS=30 tries more.
     rng = random.Random(0)
     start = time.time()
@@ -786,14 +792,14 @@ def test_two_processes_share_batches_and_train():
             optimizer = mock.Mock(param_groups=[dict(params=[*model.parameters()])])
             episodes = draw(task, 4).to(device, rank, world)
             loss = task.loss(model(episodes)[0], episodes.target)
-            loss = train.update(loss, optimizer, 0.5, world)
+            loss = train.update(loss, optimizer, 0.5, 2.0, world)
             torch.save([loss, *[p.grad for p in model.parameters()]], folder / f"{i}-{rank}{world}")
     in_two_processes(learn)
     learn()
     for i, (task, _) in enumerate(cases):
         one, *two = [load(folder, f"{i}-{name}") for name in ("01", "02", "12")]
         torch.testing.assert_close(two, [one, one], rtol=0, atol=1e-9)
-        norm = torch.cat([gradient.flatten() for gradient in one[1:]]).norm() / train.CLIP
+        norm = torch.cat([gradient.flatten() for gradient in one[1:]]).norm() / 2
         assert 0.99 < norm < 1.01 or isinstance(task, Copy), f"a large one is clipped: {norm}"
     argv = f"{TINY_COPY} --steps 4 --eval-interval 2 --lr 1e-3"
     one = trained(argv)

@@ -33,8 +33,6 @@ from model import Config, Transformer, nearest_prototype, setting
 from tasks import PRETRAINING, TASKS, make_task, random_generator
 
 LR_WARMUP = 25  # updates
-CLIP = 1.0  # largest norm of the gradient
-WEIGHT_DECAY = 0.01  # of AdamW
 EVAL_EPISODES = 160
 PRETRAIN_LR = 1e-3
 PRETRAIN_INTERVAL = 250  # updates between evaluations
@@ -47,6 +45,8 @@ class Training:
     steps: int = setting(None, "number of updates", 1)
     batch_size: int = setting(32, "episodes per update", 1)
     lr: float = setting(None, "peak learning rate (warm-up, then cosine)", 1e-12, 1)
+    weight_decay: float = setting(0.01, "weight decay of AdamW", 0, 1)
+    clip: float = setting(1.0, "largest norm of the gradient", 1e-9, 1e9)
     pretrain_steps: int = setting(0, "updates of the image encoder, before", 0)
     seed: int = setting(0, "seed of everything random", 0, 2**60)
     device: str = setting(DEVICE, "where to compute", choices=("cpu", "cuda"))
@@ -82,7 +82,7 @@ def train(args, task, model, optimizer, generator, run, device, rank, world):
             lr = args.lr * schedule(step, args.steps)
             interval = args.eval_interval or max(1, args.steps // 10)
 
-        loss = update(loss, optimizer, lr, world)
+        loss = update(loss, optimizer, lr, args.clip, world)
         run["step"] = step
         run["seconds"] = time.time() - start
         run["losses"].append(loss)
@@ -115,7 +115,7 @@ def schedule(step, steps):
     cosine = (1 + math.cos(math.pi * step / steps)) / 2
     return warmup * (0.05 + 0.95 * cosine)
 
-def update(loss, optimizer, lr, world=1):
+def update(loss, optimizer, lr, clip, world=1):
     """Update the model by a loss -> its value. FloatingPointError if infinite."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad(set_to_none=True)
@@ -126,7 +126,7 @@ def update(loss, optimizer, lr, world=1):
         for tensor in [loss, *gradients]:
             torch.distributed.all_reduce(tensor)
             tensor /= world
-    norm = nn.utils.clip_grad_norm_(parameters, CLIP)
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
     if not (loss.isfinite() and norm.isfinite()):
         raise FloatingPointError(f"loss {loss}: lower --lr, --eta0, --alpha-init or --max-norm")
     optimizer.param_groups[0]["lr"] = lr
@@ -210,7 +210,7 @@ def begin(args):
         task = make_task(vars(args))
         model = Transformer(task, args)
     model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay)
     generator = random_generator(args.seed, "train")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     run = dict(step=-args.pretrain_steps, seconds=0.0, best=math.inf, losses=[], log=[],

@@ -1,17 +1,20 @@
-"""Train each rule until it has learned, at its own learning rate: python results/runs.py WORDS
+"""Make the runs of this folder that are missing: python results/runs.py [WORDS of names]
 
-A task has a grid of learning rates, and a setting has a cap on the updates. Seed 100, in
-some settings also 101, chooses the rate of each rule: the rate that needs the fewest
-updates, where a try that does not learn counts as many as it had. Other seeds then train
-at this rate. The rate decays by a cosine over all updates of the cap, and a run ends once
-it has learned: at the first evaluation, of one per 10 updates, within 5% of perfect.
+Until learned: each rule trains at its own learning rate. Seed 100, in some settings also
+101, chooses the rate of a rule: the rate that needs the fewest updates, where a try that
+does not learn counts as many as it had. Other seeds then train at this rate. The rate
+decays by a cosine over the most updates that the setting allows, and a run ends once it
+has learned: at the first evaluation, of one per 10 updates, within 5% of perfect.
+
+As in the paper: its sizes, its budget, and writes that pass no gradient. Then the same with
+everything learning.
 
 Tries go to search.jsonl, a line each, and runs to runs.jsonl as eval.py measures them.
-Both files say what is done, so that a stopped program goes on. WORDS choose settings.
+Both files say what is done, so that a stopped program goes on.
 """
+import argparse
 import concurrent.futures
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -23,7 +26,7 @@ import train
 
 RATES = {"copy": (0.008, 0.004, 0.002), "cue": (0.003, 0.006, 0.0015)}
 # Setting of both rules: its flags, most updates, number of seeds, seeds that choose a rate.
-SETTINGS = {
+UNTIL = {
     "copy-*-w8-until": ("--task copy --window 8", 1000, 5, 2),
     "copy-*-w8-len10-until": ("--task copy --window 8 --seq-len 10", 1000, 5, 2),
     "copy-*-w8-delay80-until": ("--task copy --window 8 --delay 80", 500, 5, 1),
@@ -32,6 +35,16 @@ SETTINGS = {
     "copy-*-w8-delay160-until": ("--task copy --window 8 --delay 160", 500, 3, 1),
     "cue-*-w1-pairs64-until": ("--task cue --window 1 --pairs 64 --cues 64", 1000, 3, 1),
     "copy-*-w8-len40-until": ("--task copy --window 8 --seq-len 40", 500, 3, 1)}
+PAPER = "--batch-size 1 --lr 0.001 --clip 5 --alpha-init 0.02 --eta0 0.2"
+SMALL = f"{PAPER} --weight-decay 0.0001 --n-layer 2 --d-model 128 --d-ff 256"
+LARGE = f"{PAPER} --weight-decay 0.0005 --d-model 256 --d-ff 512 --pretrain-steps 0 --queries 15"
+# Setting of three rules and three seeds: its flags.
+FIXED = {
+    "copy-*-paper": f"--task copy --steps 100 {SMALL}",
+    "cue-*-paper": f"--task cue --steps 400 {SMALL}",
+    "regression-*-paper": f"--task regression --steps 750 --queries 10 {SMALL}",
+    "omniglot-*-paper": f"--task omniglot --shots 5 --steps 500 {LARGE}",
+    "cifarfs-*-paper": f"--task cifarfs --steps 400 {LARGE}"}
 
 class Learned(Exception):
     """A run is within 5% of perfect, or has had as many updates as it may have."""
@@ -60,21 +73,19 @@ def learn(flags, folder, most=None):
         train.save_checkpoint = save_checkpoint
     return None, args.steps
 
-def names(path):
-    return {json.loads(line)["name"]: json.loads(line) for line in path.read_text().splitlines()}
+def rows_of(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row["name"]: row for row in rows}
 
-def work(name, rule, out):
-    """All tries and runs of a setting and rule that are not in the files yet."""
-    flags, cap, seeds, search_seeds = SETTINGS[name]
-    rates = RATES[name.split("-")[0]]
-    cell = name.replace("*", rule)
-    flags = f"{flags} --rule {rule} --steps {cap} --eval-interval 10"
-    needed = {rate: 0 for rate in rates}
+def choose(cell, flags, rule, cap, search_seeds, out):
+    """The learning rate of a cell, after the tries that are not in search.jsonl yet."""
+    rates = RATES[cell.split("-")[0]]
+    needed = dict.fromkeys(rates, 0)
     for seed in range(100, 100 + search_seeds):
         most = cap
         for rate in rates:
             title = f"search-{cell}-lr{rate}-seed{seed}"
-            done = names(HERE / "search.jsonl")
+            done = rows_of(HERE / "search.jsonl")
             if title not in done:
                 argv = f"{flags} --lr {rate} --seed {seed}"
                 learned, updates = learn(argv, out / title, most)
@@ -91,21 +102,50 @@ def work(name, rule, out):
             needed[rate] += updates
             if done[title]["learned"]:
                 most = min(most, 2 * updates)
-    rate = min(rates, key=needed.get)
+    return min(rates, key=needed.get)
+
+def until(name, rule, out, data_dir):
+    flags, cap, seeds, search_seeds = UNTIL[name]
+    cell = name.replace("*", rule)
+    flags = f"{flags} --rule {rule} --steps {cap} --eval-interval 10"
+    rate = choose(cell, flags, rule, cap, search_seeds, out)
     for seed in range(seeds):
-        title = f"{cell}-s{seed}"
-        row = names(HERE / "runs.jsonl").get(title, {"flags": ""})
-        usual = train.defaults(row.get("task", "copy"), rule)["lr"]
-        found = re.search(r"--lr (\S+)", row["flags"])  # The flags leave the default out.
-        if not row["flags"] or float(found[1] if found else usual) != rate:
-            learn(f"{flags} --lr {rate} --seed {seed}", out / title)
-            evaluation.main([str(out / title), "--append", str(HERE / "runs.jsonl")])
+        run(learn, f"{flags} --lr {rate} --seed {seed}", out / f"{cell}-s{seed}", data_dir)
+
+def fixed(name, rule, out, data_dir):
+    for seed in range(3):
+        flags = f"{FIXED[name]} --rule {rule} --seed {seed} --data-dir {data_dir}"
+        folder = out / f"{name.replace('*', rule)}-s{seed}"
+        if rule == "none":
+            run(train_all, flags, folder, data_dir)
+        else:
+            run(train_all, f"{flags} --ablate backward", folder, data_dir)
+            folder = out / f"{name.replace('*', rule)}-learning-s{seed}"
+            run(train_all, flags, folder, data_dir)
+
+def train_all(flags, folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    train.main([*flags.split(), "--out-dir", str(folder)])
+
+def run(how, flags, folder, data_dir):
+    """Train and measure, unless runs.jsonl has a run of this name and these flags."""
+    expected = evaluation.flags_of(vars(train.parse_args(flags.split())))
+    row = rows_of(HERE / "runs.jsonl").get(folder.name, {"flags": ""})
+    if row["flags"] != expected:
+        how(flags, folder)
+        kept = str(HERE / "runs.jsonl")
+        evaluation.main([str(folder), "--append", kept, "--data-dir", data_dir])
 
 if __name__ == "__main__":
-    out = HERE.parent / "out" / "until"
-    chosen = [name for name in SETTINGS if any(word in name for word in sys.argv[1:] or [""])]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*", default=[""], help="in the names of settings")
+    parser.add_argument("--data-dir", default="data", help="folder of the images")
+    given = parser.parse_args()
+    out = HERE.parent / "out" / "runs"
+    jobs = [(fixed, name, rule) for name in FIXED for rule in ("none", "hebbian", "gradient")]
+    jobs += [(until, name, rule) for name in UNTIL for rule in ("hebbian", "gradient")]
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
-        jobs = [pool.submit(work, name, rule, out) for name in chosen
-                for rule in ("hebbian", "gradient")]
-        for job in jobs:
+        pending = [pool.submit(make, name, rule, out, given.data_dir)
+                   for make, name, rule in jobs if any(word in name for word in given.words)]
+        for job in pending:
             job.result()
