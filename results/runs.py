@@ -7,7 +7,7 @@ decays by a cosine over the most updates that the setting allows, and a run ends
 has learned: at the first evaluation, of one per 10 updates, within 5% of perfect.
 
 As in the paper: its sizes, its budget, and writes that pass no gradient. Then the same with
-everything learning.
+everything learning. The model of the last update is measured.
 
 Tries go to search.jsonl, a line each, and runs to runs.jsonl as eval.py measures them.
 Both files say what is done, so that a stopped program goes on.
@@ -40,11 +40,12 @@ SMALL = f"{PAPER} --weight-decay 0.0001 --n-layer 2 --d-model 128 --d-ff 256"
 LARGE = f"{PAPER} --weight-decay 0.0005 --d-model 256 --d-ff 512 --pretrain-steps 0 --queries 15"
 # Setting of three rules and three seeds: its flags.
 FIXED = {
-    "copy-*-paper": f"--task copy --steps 100 {SMALL}",
-    "cue-*-paper": f"--task cue --steps 400 {SMALL}",
-    "regression-*-paper": f"--task regression --steps 750 --queries 10 {SMALL}",
-    "omniglot-*-paper": f"--task omniglot --shots 5 --steps 500 {LARGE}",
-    "cifarfs-*-paper": f"--task cifarfs --steps 400 {LARGE}"}
+    "copy-*-paper": f"--task copy --steps 100 --eval-interval 100 {SMALL}",
+    "cue-*-paper": f"--task cue --steps 400 --eval-interval 400 {SMALL}",
+    "regression-*-paper": "--task regression --steps 750 --eval-interval 750 --queries 10 "
+                          + SMALL,
+    "omniglot-*-paper": f"--task omniglot --shots 5 --steps 500 --eval-interval 500 {LARGE}",
+    "cifarfs-*-paper": f"--task cifarfs --steps 400 --eval-interval 400 {LARGE}"}
 
 class Learned(Exception):
     """A run is within 5% of perfect, or has had as many updates as it may have."""
