@@ -1079,7 +1079,7 @@ def test_what_is_missing_linked_or_planted():
     assert json.loads(os.read(reader, 10**6))["name"] == run.name and target.is_fifo()
     os.close(reader)
 
-def test_a_stranger_names_no_folder():
+def test_a_stranger_takes_no_folder_and_no_memory():
     run = trained(f"{TINY_IMAGES} --rule none --steps 1 --data-dir {fake_packs()}")
     folder = new_folder()
     for name in ("ckpt.pt", "best.pt"):
@@ -1089,6 +1089,10 @@ def test_a_stranger_names_no_folder():
         call(train, f"--resume --out-dir {run}")
     call(evaluation, f"{run} --episodes 2 --data-dir {fake_packs()}")
     assert not os.listdir(folder)
+    torch.save(state | {"args": state["args"] | {"d_ff": 10**5}}, run / "best.pt")
+    with intercepted(train, "Transformer") as models:
+        call(evaluation, f"{run} --data-dir {fake_packs()}", 2)
+    assert models[0].result.head.weight.is_meta, "a small file took much memory"
 
 def test_nothing_is_measured_in_vain():
     copy = trained(f"{TINY_COPY} --rule none --steps 1")
