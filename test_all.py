@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -894,6 +895,14 @@ def test_kept_rows():
     for line, row in zip(call(evaluation, f"{file}").splitlines()[1:], rows, strict=True):
         assert line[:68] == "{name:32} {score:11.5f} {interval:11.5f} {lesion:11.5f}".format(**row)
     assert call(evaluation, f"{file} --only {other.name[:-1]}?").startswith(f"{other.name}: ")
+    kept = file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) + 100, limits[1]))  # as a full disk
+    try:
+        assert str(file) in call(evaluation, f"{run} --episodes 2 --append {file}", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == kept, "half a line is left"
 
 def test_salience_and_intervals():
     model = Transformer(Cue(2, 4, 3), Config(rule="hebbian", max_norm=0.5))
