@@ -254,5 +254,7 @@ def main(argv=None):
             plot(rows, options.plot)
 
 if __name__ == "__main__":
-    main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # All is done; Python ends.
+    try:
+        main()
+    finally:  # Python takes a while to end, and Ctrl-C comes too late then.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1134,18 +1134,22 @@ def test_terminals_that_cannot_print():
     assert r"\xe9" in call(evaluation, f"{run} --episodes 2", encoding="ascii")
 
 def test_ctrl_c():
+    def twice(*_):  # The second comes while the first is on its way.
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            with mock.patch.object(os, "_exit") as end:
+                signal.raise_signal(signal.SIGINT)
+            end.assert_called_with(130)
     run = trained(f"{TINY_COPY} --rule none --steps 1")
     new = new_folder() / "new"
     cases = [(evaluation, "measure", evaluation, f"{run}"), (train, "load_run", train, "--resume"),
              (train, "make_task", train, "--steps 1"), (train, "parse_args", train, "")]
     for owner, name, script, argv in cases:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with intercepted(owner, name, lambda *_: signal.raise_signal(signal.SIGINT)):
+        with intercepted(owner, name, twice):
             where = f"--out-dir {run if '--resume' in argv else new}" if script is train else ""
             assert call(script, f"{argv} {where}", 130) == "stopped\n" and not new.exists(), name
-        with mock.patch.object(os, "_exit") as end:
-            signal.raise_signal(signal.SIGINT)
-        end.assert_called_with(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with intercepted(os, "replace", lambda *_: signal.raise_signal(signal.SIGINT)):
         call(train, f"--resume --out-dir {run}", 130)

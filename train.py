@@ -134,8 +134,7 @@ def update(loss, optimizer, lr, clip, world=1):
     return loss.item()
 
 def validate(run, args, task, model, device):
-    """Evaluate on validation episodes, the same each time; save log and best model.
-    -> a line that says how it went."""
+    """Evaluate on the same episodes each time; save -> a line about the scores."""
     step = run["step"]
     answer = model if step > 0 else model.embed.answer  # the encoder alone
     result = evaluate(answer, task, "val", args, EVAL_EPISODES, device)
@@ -403,9 +402,7 @@ def loading(path):
 
 def load_run(path, changes=()):
     """-> checkpoint, task, model, with settings changed. ValueError if it fails.
-
-    A stranger's file has no more power than flags, and names no data folder.
-    """
+    A stranger's file has no more power than flags, and names no data folder."""
     with loading(path):
         state = torch.load(path, weights_only=True, map_location="cpu")
         flags = {name: value for name, value in state["args"].items()
@@ -432,7 +429,6 @@ def restore(state, run, optimizer, generator):
             raise ValueError("it has no run to go on with")
     if sum(found["losses"], 0.0) == math.inf or found["step"] < -state["args"]["pretrain_steps"]:
         raise ValueError("its run is at no step")
-
     groups = optimizer.state_dict()["param_groups"]  # train.update sets the learning rate.
     optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
     for parameter, moments in optimizer.state.items():
@@ -463,5 +459,7 @@ def prepare(args):
     return torch.device(args.device, int(os.environ["LOCAL_RANK"])), rank, world
 
 if __name__ == "__main__":
-    main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # All is saved; Python ends.
+    try:
+        main()
+    finally:  # Python takes a while to end, and Ctrl-C comes too late then.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
