@@ -32,14 +32,14 @@ class Options:
     plot: str = setting(None, "picture to draw (needs matplotlib)")
     episodes: int = setting(600, "number of test episodes", 2)
     batch_size: int = setting(20, "episodes per batch; another size draws others", 1)
-    seed: int = setting(0, "seed of the test episodes", 0, 2**60)
+    seed: int = setting(0, "seed of the test episodes", 0, 2**30)
     device: str = setting(DEVICE, "where to compute", choices=("cpu", "cuda"))
     threads: int = setting(1, "CPU threads", 1, 1024)
     data_dir: str = setting("data", "folder of the images, downloaded if need be")
 
 GATE_FIGURES = {  # means over test episodes and steps
     "gate": "sigmoid(m_t), what the model decides of eta_t",
-    "persistence": "eta_t / eta_0: the larger, the more a step writes and erases",
+    "persistence": "eta_t / eta_0; the larger it is, the sooner past writes fade",
     "change": "what a write adds to the weights / the norm of the slow weights",
     "selectivity": "the write at a pair that is asked for / at noise, at the same step",
     "gate_counts": "sigmoid(m_t) at pairs that are asked for",
@@ -77,6 +77,8 @@ def measure(folder, options, device):
         row.update(gate_figures(last_model, **test(last_model.to(device).eval())))
         torch.manual_seed(args["seed"])
         untrained = Transformer(task, last_model.config).to(device).eval()
+        if args["pretrain_steps"]:
+            untrained.embed.encoder = last_model.embed.encoder
         figures = gate_figures(untrained, **test(untrained))
         row["untrained"] = {key: figures[key] for key in GATE_FIGURES if key in figures}
 
@@ -87,19 +89,19 @@ def measure(folder, options, device):
     return row, list(show(model, task, "test", device))
 
 def flags_of(args):
-    """The flags that repeat a run: its settings that differ from the defaults."""
+    """The settings of a run that differ from the defaults, as flags."""
     flags = f"--task {args['task']} --rule {args['rule']}"
-    others = "task rule seed device threads out_dir data_dir resume".split()
+    left_out = "task rule seed device threads out_dir data_dir resume".split()
     for name, default in defaults(args["task"], args["rule"]).items():
-        if name not in others and args[name] != default:
+        if name not in left_out and args[name] != default:
             flags += f" --{name.replace('_', '-')} {args[name]}".removesuffix(".0")
     return f"{flags} --seed {args['seed']}"
 
 def interval(scores):
-    """Half the 95% interval of the mean of scores (n, L) of n episodes."""
+    """How far the 95% interval of a mean of scores (n, L) reaches from that mean."""
     n = len(scores)
     means = scores.mean(1)  # (n)
-    if means.eq(1).all():  # Wilson's interval, for n right answers of n.
+    if means.eq(1).all():  # Wilson's interval goes down from 1 by this much.
         return 1.96**2 / (n + 1.96**2)
     return 1.96 * means.std().item() / math.sqrt(n)
 
@@ -122,7 +124,7 @@ def gate_figures(model, gates, asked_steps=None, **_):
     counts = torch.zeros_like(write, dtype=torch.bool).scatter(1, asked_steps, True)
     both = counts.any(0) & ~counts.all(0)  # (T)
     if both.any():
-        def mean_of(values, chosen):  # over the chosen episodes, (T) of the steps with both
+        def mean_of(values, chosen):  # (n, T) -> a mean per step that shows both
             return ((values * chosen).sum(0) / chosen.sum(0))[both]
 
         ratio = mean_of(write, counts) / mean_of(write, ~counts)
@@ -153,8 +155,7 @@ def report(row, answers=()):
             yield (f"  {t:4} {row['steps'][t]:9} {gates['eta'][t]:8.5f} {gates['norm'][t]:9.3f} "
                    f"{write:8.5f} {'#' * round(40 * write / largest)}")
 
-def overview(rows):
-    """Several runs, a line each."""
+def overview(rows):  # a line per run
     keys = ("score", "interval", "lesion", "gate", "persistence", "change", "selectivity")
     yield f"{'run':32} " + " ".join(f"{key:>11}" for key in keys)
     for row in rows:
@@ -167,15 +168,15 @@ def read_rows(path):
     try:
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            list(report(row))  # fails where a figure is missing or is no number
+            list(report(row))  # This fails where a figure is missing.
             fmean(row["curve"]["step"] + row["curve"]["val_metric"])
-            rows[row["name"]] = {"task": row["task"], "rule": row["rule"], **row}
+            rows[row["name"]] = {"task": row["task"], "rule": row["rule"], **row}  # or these two
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}): name a file of --append") from error
     return list(rows.values())
 
 def append_row(path, row):
-    """Add a line to a file: scores in full, all other numbers to four digits."""
+    """Add a line to a file. Scores keep all digits, other fractions only four."""
     scores = {key: row[key] for key in ("score", "lesion", "prototype") if key in row}
     short = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.4g}"))
     short["curve"]["val_metric"] = row["curve"]["val_metric"]
@@ -189,7 +190,7 @@ def append_row(path, row):
         raise OSError(f"{path} cannot be written: {error}") from error
 
 def plot(rows, path):
-    """The validation score by update: a thin line per run, a bold one per rule."""
+    """Draw scores by update: a line per run, and a bold mean where steps agree."""
     from matplotlib.figure import Figure
     tasks = {row["task"] for row in rows}
     if len(tasks) > 1:
@@ -217,15 +218,14 @@ def parse_args(argv=None):
     given = vars(parser.parse_args(argv))
     runs = given.pop("runs")
     options = Options(**given)
-
     # What cannot be written is found out before everything is measured.
     if options.plot and not importlib.util.find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    if options.plot and Path(options.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--plot {options.plot}: name a file that ends in .png, .pdf or .svg")
-    for path in (options.plot, options.append):
-        if path:
-            open(path, "a").close()
+    picture = Path(options.plot or "none.png")
+    if picture.suffix not in (".png", ".pdf", ".svg") or not picture.parent.is_dir():
+        raise ValueError(f"--plot {picture}: name a .png, .pdf or .svg in a folder that exists")
+    if options.append:
+        open(options.append, "a").close()
     if options.append and Path(options.append).is_file():
         read_rows(Path(options.append))
     return runs, options
@@ -238,14 +238,14 @@ def main(argv=None):
         answers = []
         try:
             for path in runs:
-                if path.suffix == ".jsonl":
+                if path.is_file():
                     rows += [row for row in read_rows(path) if fnmatch(row["name"], options.only)]
                     continue
                 row, answers = measure(path, options, device)
                 rows.append(row)
                 if options.append:
                     append_row(Path(options.append), row)
-        finally:  # An error or Ctrl-C comes after what was measured.
+        finally:  # Even after an error or Ctrl-C, print what was measured.
             if rows:
                 print("\n".join(overview(rows) if len(rows) > 1 else report(rows[0], answers)))
         if not rows:

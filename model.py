@@ -30,7 +30,7 @@ class Config:
     rule: str = setting("hebbian", "what is written (none: nothing)", choices=RULES)
     plastic: str = setting("all", "which blocks are plastic", choices=("all", "last"))
     alpha_init: float = setting(80.0, "initial value of alpha and beta", 0, 1000)
-    eta0: float = setting(0.02, "eta_0, the upper limit of eta_t", 0, 1)
+    eta0: float = setting(0.02, "eta_0, the upper limit of eta_t", 1e-9, 1)
     max_norm: float = setting(1.0, "norm above which a write is scaled down", 1e-9, 1e18)
     aux_dim: int = setting(4, "auxiliary outputs, for the gradient rule", 0)
     ablate: str = setting("none", "eta: sigmoid(m_t) is 1. alpha: alpha and beta are not "

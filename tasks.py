@@ -4,7 +4,7 @@ An episode shows a context step by step, then asks. A task is a dataclass whose 
 are the sizes of an episode, limited to 10,000 steps. sample(split, batch_size, generator)
 draws episodes, loss(out, target) trains a model, score(out, target) rates answers. And:
 
-    kind         "token", "vector" or "image"; model.Embed reads more sizes of each kind
+    kind         "token", "vector" or "image"; each has more sizes, for model.Embed
     n_out        number of outputs per answer
     step_names   what each step of the context is
     metric       the name of the score; `chance`, the score of a guess; `perfect`, the best
@@ -23,7 +23,7 @@ from model import setting
 SPLITS = ("train", "val", "test")
 
 class Episodes(NamedTuple):
-    """B episodes: pairs of x and y, then x alone, the queries. Copying has support_x."""
+    """B episodes: pairs (x, y), then queries x. Copying has only support_x, target."""
     support_x: torch.Tensor  # (B, T) tokens, (B, T, E) features or (B, T, ...) images
     support_y: torch.Tensor  # (B, T, 1) values or (B, T) labels; None in copying
     query_x: torch.Tensor  # (B, Q, E) or (B, Q, ...); None in copying
@@ -110,7 +110,7 @@ class Cue(SquaredError):
     """
     pairs: int = setting(8, "pairs of a cue and its reward", 1, 2500)
     cues: int = setting(20, "different cues", 1, 10_000)
-    noise: int = setting(0, "pairs of random cues that nobody asks for", 0, 5000)
+    noise: int = setting(0, "pairs with any cue that nobody asks for", 0, 5000)
 
     def __post_init__(self):
         if self.pairs > self.cues:
@@ -127,7 +127,7 @@ class Cue(SquaredError):
         reward = torch.rand(*cues.shape, 1, generator=generator)  # (B, T, 1)
 
         x = torch.eye(self.cues, self.n_features)[cues]  # (B, T, E)
-        x[:, :N, self.cues:] = 1.0  # the feature that there is with noise
+        x[:, :N, self.cues:] = 1.0  # With noise, this feature marks what counts.
         query_x, target = shuffle(generator, x[:, :N], reward[:, :N])  # (B, N, ...)
         if self.noise:
             x, reward = shuffle(generator, x, reward)
@@ -168,18 +168,18 @@ class FewShot(Classification):
     """`shots` images of each of `ways` classes with labels; then others, without.
 
     step      0     1     2     3     4  | queries
-    image    fox   bed  rose   cup  baby |  bed'   fox'  ..
+    image    fox   bed  rose  worm  baby |  bed'   fox'  ..
     label     2     0     1     4     3  |    ?      ?   ..
     asked                                |    0      2   ..
 
-    Splits have different classes. An episode draws its classes and their labels.
+    Splits have different classes. An episode draws classes and, if not all, labels.
     """
     kind = "image"
     task: str  # "cifarfs" or "omniglot"
     data_dir: str
     ways: int = setting(5, "classes per episode", 1, 100)
     shots: int = setting(1, "labelled images per class", 1, 50)
-    queries: int = setting(5, "queries per episode; of images, per class", 1, 5000)
+    queries: int = setting(5, "queries per class (in regression: per episode)", 1, 5000)
 
     def __post_init__(self):
         self.images, self.class_ids = load_pack(self.data_dir, self.task)
@@ -201,7 +201,7 @@ class FewShot(Classification):
         N, K, Q = sizes or (self.ways, self.shots, self.queries)
         n_classes = len(self.class_ids[split])
         classes = torch.rand(batch_size, n_classes, generator=generator).argsort(dim=1)
-        if N == n_classes:  # Pretraining on CIFAR-FS names the classes: labels stay.
+        if N == n_classes:  # With all classes, labels stay: pretraining names them.
             classes = torch.arange(N).expand(batch_size, N)
         n_images = self.images.size(1)
         images = torch.rand(batch_size, N, n_images, generator=generator).argsort(dim=2)
@@ -227,14 +227,14 @@ class FewShot(Classification):
 
     @torch.no_grad()
     def encode_images(self, split, encoder, device):
-        """From now on, show each image as the mean feature of it and its mirror image."""
-        if self.task == "cifarfs":  # Omniglot's training images change each time.
+        """On CIFAR-FS, show an image as the mean feature of it and its mirror image."""
+        if self.task == "cifarfs":  # Omniglot still distorts its images.
             means = []
             for images in self.images[self.class_ids[split]].to(device):  # of a class
                 means.append((encoder(images) + encoder(images.flip(-1))) / 2)
             self.features[split] = torch.stack(means).cpu()  # (classes, images, E)
 
-# Class and defaults of each task (always steps, lr): more updates than a seed needs.
+# Each task has a class and defaults. No seed needs as many updates as `steps`.
 FEW_SHOT = dict(batch_size=16, lr=1e-3, d_model=128, d_ff=256)
 TASKS = {"copy": (Copy, dict(steps=140, lr=8e-3)),
          "cue": (Cue, dict(steps=400, lr=3e-3, alpha_init=20.0)),

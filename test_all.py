@@ -923,14 +923,14 @@ def test_salience_and_intervals():
 
 # ------ 5. Bad input ------
 def test_bad_arguments():
-    highest = dict(eta0=1, lr=1, alpha_init=1000, max_norm=1e18, seed=2**60, window=10**6)
+    highest = dict(eta0=1, lr=1, alpha_init=1000, max_norm=1e18, seed=2**30, window=10**6)
     argv = " ".join(f"--{name} {value}".replace("_", "-") for name, value in highest.items())
     assert highest.items() <= vars(train.parse_args(argv.split())).items(), "tops of ranges"
     out = new_folder() / "out"
     wrong = """--n-head 3 --d-model 64; --pairs 9 --cues 8 --task cue; --ways 17 --task cifarfs;
         --shots 6 --queries 15 --task omniglot; --steps ten; --lr nan; --alpha-init inf;
         --rule magic; --ablate all; --plastic none; --delay 3 --task cue; --nonsense;
-        --alpha 2; --device tpu; --device cuda; --seed 99999999999999999999; --window -1;
+        --alpha 2; --device tpu; --device cuda; --seed 1073741825; --window -1;
         --steps 0; --lr -1; --eta0 2; --alpha-init -1; --max-norm 0; --vocab-size 3; --dim 0;
         --delay 8000; --seq-len 1001; --noise 5001; --support 5001; --batch-size 1000000000"""
     reasons = {flags: flags.split()[:2] for flags in wrong.split(";")}
@@ -956,7 +956,7 @@ def test_a_run_is_not_lost():
     assert f"{run} has files: --resume goes on with a run, or remove the folder" in call(*again)
     for new in "seed 1;pretrain-steps 3;delay 4;task cue;pairs 3;n-layer 1;rule hebbian".split(";"):
         line = call(train, f"--resume --out-dir {run} --{new}", 2)
-        assert re.fullmatch(f"error: --{new}: --resume cannot change .*\n", line)
+        assert re.fullmatch(f"error: --{new}: (--resume cannot change|copy has no) .*\n", line)
     assert files_of(run) == before
     call(train, f"--resume --out-dir {run} --steps 2 --batch-size 4 --n-layer 2")  # as it was
     (run / "ckpt.pt").unlink()  # What is left is not replaced either.

@@ -47,10 +47,10 @@ class Training:
     lr: float = setting(None, "peak learning rate (warm-up, then cosine)", 1e-12, 1)
     weight_decay: float = setting(0.01, "weight decay of AdamW", 0, 1)
     clip: float = setting(1.0, "largest norm of the gradient", 1e-9, 1e9)
-    pretrain_steps: int = setting(0, "updates of the image encoder, before", 0)
-    seed: int = setting(0, "seed of everything random", 0, 2**60)
+    pretrain_steps: int = setting(0, "updates that pretrain the image encoder", 0)
+    seed: int = setting(0, "seed of everything random", 0, 2**30)
     device: str = setting(DEVICE, "where to compute", choices=("cpu", "cuda"))
-    threads: int = setting(1, "CPU threads; many slow small models down", 1, 1024)
+    threads: int = setting(1, "CPU threads; one is best for small models", 1, 1024)
     out_dir: str = setting(None, "folder of the run (default: out/TASK-RULE-sSEED)")
     data_dir: str = setting("data", "folder of the images, downloaded if need be")
     eval_interval: int = setting(None, "updates per evaluation (default: a tenth)", 1)
@@ -58,9 +58,9 @@ class Training:
 def train(args, task, model, optimizer, generator, run, device, rank, world):
     """The one training loop, for every task and rule. It goes on after run["step"].
 
-    `run` is what a checkpoint keeps of the run so far. Step 1 is the first update of the
-    whole model. The updates that pretrain an image encoder alone come before: their steps
-    are 1 - pretrain_steps to 0. Of `world` processes, the one of rank 0 writes the files.
+    A checkpoint keeps `run`. Steps 1 - pretrain_steps to 0 train the image encoder
+    alone, which is frozen from then on. Steps from 1 on train the rest, or all where
+    nothing was pretrained. Of `world` processes, that of rank 0 writes the files.
     """
     start = time.time() - run["seconds"]
     for step in range(run["step"] + 1, args.steps + 1):
@@ -74,7 +74,7 @@ def train(args, task, model, optimizer, generator, run, device, rank, world):
             lr = PRETRAIN_LR * schedule(step + args.pretrain_steps, args.pretrain_steps)
             interval = PRETRAIN_INTERVAL
         else:
-            model.train(not args.pretrain_steps)  # A frozen encoder does not change.
+            model.train(not args.pretrain_steps)  # False freezes batch norm, too.
             episodes = task.sample("train", args.batch_size, generator)
             episodes = episodes.to(device, rank, world)
             out, _ = model(episodes)
@@ -93,7 +93,7 @@ def train(args, task, model, optimizer, generator, run, device, rank, world):
             print(line, flush=True)  # after saving: a closed pipe loses nothing
 
 def encoder_loss(args, task, model, generator, device):
-    """Pretraining: find the nearest prototype; on CIFAR-FS also name the class."""
+    """Train the encoder to find the nearest prototype and, on CIFAR-FS, the class."""
     episodes = task.sample("train", 1, generator, PRETRAINING[args.task]).to(device)
     features = model.embed.features(episodes)  # (1, T + Q, E)
     loss = task.loss(nearest_prototype(features, episodes), episodes.target)
@@ -103,7 +103,7 @@ def encoder_loss(args, task, model, generator, device):
     return loss
 
 def freeze_encoder(args, task, model, device):
-    """Freeze a pretrained encoder. Images that never change are encoded once."""
+    """Freeze a pretrained encoder. On CIFAR-FS it encodes each image once, now."""
     if args.pretrain_steps:
         model.embed.encoder.requires_grad_(False).eval()
         for split in ("train", "val"):
@@ -116,7 +116,7 @@ def schedule(step, steps):
     return warmup * (0.05 + 0.95 * cosine)
 
 def update(loss, optimizer, lr, clip, world=1):
-    """Update the model by a loss -> its value. FloatingPointError if infinite."""
+    """Update the model by a loss -> its value. FloatingPointError if not finite."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -128,7 +128,8 @@ def update(loss, optimizer, lr, clip, world=1):
             tensor /= world
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     if not (loss.isfinite() and norm.isfinite()):
-        raise FloatingPointError(f"loss {loss}: lower --lr, --eta0, --alpha-init or --max-norm")
+        flags = "--lr, --eta0, --alpha-init or --max-norm"
+        raise FloatingPointError(f"loss {loss}, gradient {norm}: lower {flags}")
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     return loss.item()
@@ -171,7 +172,7 @@ def evaluate(answer, task, split, options, n, device):
 
 @torch.no_grad()
 def show(model, task, split, device, n=3):
-    """n episodes as lines; a lesioned model is one that writes nothing."""
+    """Yield n episodes as lines. The lesioned model is the one that writes nothing."""
     episodes = task.sample(split, n, random_generator(0, split)).to(device)
     shown = episodes.support_x if episodes.support_y is None else episodes.support_y
     lines = {"shown": shown, "right": episodes.target}
@@ -255,10 +256,10 @@ def parse_args(argv=None):
         settings = {**state["args"], "out_dir": str(path.parent), "data_dir": Training.data_dir}
     for name, value in given.items():
         flag = f"--{name}".replace("_", "-")
-        if "resume" in given and name not in CHANGEABLE and value != settings.get(name):
-            raise ValueError(f"{flag} {value}: --resume cannot change {settings.get(name)}")
         if name not in settings:
             raise ValueError(f"{flag} {value}: {settings['task']} has no such size")
+        if "resume" in given and name not in CHANGEABLE and value != settings[name]:
+            raise ValueError(f"{flag} {value}: --resume cannot change {settings[name]}")
     args = argparse.Namespace(**{**settings, **given})
     if args.pretrain_steps and args.task not in PRETRAINING:
         raise ValueError(f"--pretrain-steps: {args.task} has no encoder to pretrain")
@@ -308,18 +309,17 @@ def add_flags(parser, title, settings, tasks=TASKS):
                            choices=choices, help=field.metadata["help"] + default,
                            metavar=None if choices else field.name[0].upper())
 
-def limited(field):
-    """An argparse type: a text, or a number within the limits of a setting."""
+def limited(field):  # a type for argparse, with the limits of a setting
     low, high = field.metadata["limits"]
 
-    def value_of(text):
+    def number(text):
         value = field.type(text)
         if field.type is str and (not text or text.startswith("-")):
             raise argparse.ArgumentTypeError(f"'{text}' is no name: begin it with ./")
         if field.type is not str and not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
-    return value_of
+    return number
 
 def stop(number, frame):
     """The first signal raises KeyboardInterrupt. The second ends all at once."""
@@ -333,7 +333,7 @@ def errors_as_one_line():
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
     sys.stderr.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in background jobs
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # Background jobs ignore it.
         signal.signal(signal.SIGINT, stop)
     try:
         yield
@@ -347,7 +347,7 @@ def errors_as_one_line():
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a fault of ours
         if isinstance(error, (MemoryError, RuntimeError)):
-            error = "out of memory: lower --batch-size, --d-model, --d-ff or --n-layer"
+            error = "out of memory: lower --batch-size, or train a smaller model"
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -427,8 +427,8 @@ def restore(state, run, optimizer, generator):
     for values, known in pairs:
         if {key: type(values[key]) for key in values} != {key: type(known[key]) for key in known}:
             raise ValueError("it has no run to go on with")
-    if sum(found["losses"], 0.0) == math.inf or found["step"] < -state["args"]["pretrain_steps"]:
-        raise ValueError("its run is at no step")
+    if found["losses"] or found["step"] < -state["args"]["pretrain_steps"]:
+        raise ValueError("its run has a step or losses that no checkpoint has")
     groups = optimizer.state_dict()["param_groups"]  # train.update sets the learning rate.
     optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
     for parameter, moments in optimizer.state.items():
