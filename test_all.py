@@ -39,7 +39,7 @@ import train
 from model import RULES, Config, Transformer
 from plasticity import FastWeights, PlasticLinear, Plasticity, UnrolledFastWeights
 from results import tables
-from tasks import SPLITS, Copy, Cue, Episodes, FewShot, Regression, random_generator
+from tasks import SPLITS, TASKS, Copy, Cue, Episodes, FewShot, Regression, random_generator
 
 HERE = Path(__file__).resolve().parent
 PLASTIC = RULES[1:]  # A reader's own rule is tested, too.
@@ -1196,107 +1196,105 @@ def test_flags_are_explained():
 
 # ------ 6. The pages of results ------
 def seeds(values, key="score", first=0, **figures):  # rows of a cell, of seeds from `first` on
-    row = dict(metric="accuracy", episodes=600, updates=500, score=0.5, learned=9) | figures
+    row = dict(metric="accuracy", score=0.5, updates=9, trained=500, pace=6.0) | figures
     return [{**row, "seed": seed, key: value} for seed, value in enumerate(values, first)]
-
-def p_of(one, other, key="score"):
-    return tables.difference(one, other, key)[1]
 
 def test_students_quantiles():
     for t, freedom, p in [(12.706, 1, 0.05), (4.303, 2, 0.05), (-2.776, 4, 0.05), (2.228, 10, 0.05),
                           (-1.96, 1e4, 0.05), (9.925, 2, 0.01), (0.741, 4, 0.5)]:
         assert abs(tables.p_value(t, freedom) / p - 1) < 0.01, t
+        assert p != 0.05 or abs(tables.quantile(freedom) / abs(t) - 1) < 1e-3
     assert abs(tables.p_value(200, 2) / 2.4998e-5 - 1) < 1e-3
 
-def test_t_test():
-    # Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), so t = 3.46 with 2 degrees.
-    mean, p = tables.t_test({0: 2, 1: 4, 2: 6}, {0: 1, 1: 2, 2: 3})
-    assert mean == 2 and abs(p - 0.0742) < 1e-3
-    less = seeds([0.3, 0.5, 0.7])  # The same seeds are paired; of others it is Welch's test.
-    more = [0.35, 0.56, 0.75]
-    assert float(p_of(less, seeds(more))) < 0.05 < float(p_of(less, seeds(more, first=5)))
-    # Variances 1 and 5/3 of 3 and 4: t = 1.5 / sqrt(1/3 + 5/12) = 1.732 with 4.959 degrees.
-    mean, p = tables.t_test({0: 12, 1: 13, 2: 14}, {5: 10, 6: 11, 7: 12, 8: 13})
-    assert mean == 1.5 and abs(p - tables.p_value(1.7321, 4.959)) < 1e-4
+def test_differences():
+    # Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), so t = 3.46 with 2 degrees, and
+    # 4.303 / sqrt(3) = 2.484. Of 8 flips of signs two have a mean as large. Seed 3 is alone.
+    one = seeds([1.0, 2.0, 3.0, 9.0])
+    number, text, p, share = tables.difference(one, seeds([2.0, 4.0, 6.0]), "score")
+    assert (number, text, share) == (3, "+2.000 (-0.484 to +4.484)", 0.25) and abs(p - 0.0742) < 1e-3
+    *_, p, share = tables.difference(seeds([1.0] * 4), seeds([2.0, 1.5, 0.7, 2.0]), "score")
+    assert share == 4 / 16 and p > 0.05  # Signs ++++, +++ with a - on the 0.3, and their mirrors.
+    # Errors and updates are ratios: their logarithms are 0, log 2 and log 4.
+    one, other = [seeds([1.0 * x, 2.0 * x, 3.0 * x], metric="mse") for x in (1, 1)]
+    for row, factor in zip(other, (1, 2, 4)):
+        row["score"] *= factor
+        row["updates"] *= factor
+    for key in ("score", "updates", "minutes"):
+        number, text, p, _ = tables.difference(one, other, key)
+        assert (number, text) == (3, "× 2 (0.36 to 11)") and abs(p - 0.2254) < 1e-3, key
+    never = seeds([500, None, 500], "updates")
+    assert tables.difference(never, seeds([500] * 3, "updates"), "updates")[1].startswith("× 1 ")
+    for few in (seeds([1.0, 2.0]), seeds([1.0, 2.0, 3.0], first=9), seeds([1.0, 2.0, None])):
+        assert tables.difference(one, few, "score")[1:] == ("-", None, None)
+    assert tables.difference(seeds([0.7, 0.71, 0.73]), seeds([0.8, 0.81, 0.83]), "score")[2] is None
 
-def test_what_has_no_p():
-    assert tables.t_test({0: 1, 1: 1}, {0: 1, 1: 1}) == (0, None)
-    _, p = tables.t_test({0: 0.8, 1: 0.81, 2: 0.83}, {0: 0.7, 1: 0.71, 2: 0.73})
-    assert p is None, "the differences spread by rounding alone"
-    assert p_of(seeds([70] * 3, "learned"), seeds([56] * 3, "learned"), "learned") == "-"
-    enough = seeds([0.9, 0.8, 0.7])
-    for few in ([], [0.5], [0.5, 0.51]):
-        assert p_of(seeds(few), enough) == p_of(enough, seeds(few)) == "-"
-    assert p_of(seeds([0.5, 0.51, 0.6]), enough) != "-"
-
-def test_what_is_compared_as_logarithms():
-    for key, metric, logarithms in [("score", "mse", True), ("persistence", "accuracy", True),
-                                    ("learned", "accuracy", True), ("selectivity", "mse", True),
-                                    ("score", "accuracy", False), ("lesion", "accuracy", False)]:
-        samples = [dict(enumerate(values)) for values in ([9.0, 8.0, 11.0], [30.0, 21.0, 40.0])]
-        one, other = [seeds(sample.values(), key, metric=metric) for sample in samples]
-        if logarithms:
-            samples = [{seed: math.log(x) for seed, x in sample.items()} for sample in samples]
-        assert p_of(one, other, key) == f"{tables.t_test(*samples)[1]:.2g}", (key, metric)
-    never, late = [seeds([300, last, 280], "learned", updates=500) for last in (None, 550)]
-    other = seeds([100, 101, 99], "learned")
-    assert p_of(never, other, "learned") == p_of(late, other, "learned"), "never: a tenth more"
+def test_holm():
+    ps = iter([0.01, 0.04, None, 0.03])
+    with mock.patch.object(tables, "difference", lambda *_: (3, "x", next(ps), 0.25)):
+        _, *rows = tables.compare(["score"], ["head", *["a b: c c"] * 4], {"c": []})
+    assert [row[-1] for row in rows] == ["0.03", "0.06", "-", "0.06"]
+    assert rows[0] == ["a b", "3", "x", "0.01", "0.25", "0.03"]
 
 def test_figures():
-    errors = seeds([0.03], metric="mse", learned=1250) + seeds([0.344], metric="mse", learned=None)
-    texts = {"score": "0.19 ± 0.22", "worst": "0.34", "best": "0.030", "seeds": "2",
-             "learned": "1250 (1 of 2)", "lesion": "-"}
+    errors = seeds([0.03, 0.344, 0.1], metric="mse")
+    for row, updates in zip(errors, (100, None, 300)):
+        row["updates"] = updates
+    errors[1]["pace"] = 3.0
+    texts = {"score": "0.16 ± 0.16", "pace": "3",
+             "learned": "2 of 3", "updates": "300 (100 to over 500)", "minutes": "15 (5 to over 25)"}
     assert {key: tables.figure(errors, key) for key in texts} == texts
-    assert tables.figure(seeds([None], "learned"), "learned") == "never"
-    assert tables.figure(seeds([1.0] * 3), "score") == "1.000 (≥ 0.994)"  # Wilson's, of 600
-    assert tables.figure(seeds([1.0, 0.9997]), "score") == "0.99985 ± 0.00021"
-    assert tables.figure(seeds([0.7, 0.9]), "best") == "0.900"
-    assert tables.figure(seeds([9, 4, 40], "minutes"), "minutes") == "4.0"  # of the quickest
+    assert tables.figure(seeds([1.0] * 3), "score") == "1.000"
+    assert tables.figure(seeds([0.7, 0.9]), "score") == "0.800 ± 0.141"
+    assert tables.figure(seeds([90, 90], "updates"), "updates") == "90"
+    assert tables.figure(seeds([0.0123, 0.0127], "change"), "change") == "0.013"
 
 def test_learned_is_the_first_evaluation_within_5_percent():
     scores = {"accuracy": [0.96, 0.95, 0.95625, 1.0, 0.9], "mse": [0.1, 0.21, 0.2, 0, 4]}
     for metric, chance in {"accuracy": 0.125, "mse": 4}.items():
         curve = {"step": [-10, 10, 20, 30, 40], "val_metric": scores[metric]}  # -10: pretraining
-        row = tables.complete(dict(name="a", flags="--task copy --lr 1 --seed 0", metric=metric,
-                                   chance=chance, curve=curve, seconds=90))
-        figures = dict(learned=20, updates=40, minutes=1.5, settings="--lr 1")
-        assert {**row, **figures} == row
+        row = dict(name="a", task="copy", flags="--task copy --seed 0", metric=metric,
+                   chance=chance, curve=curve, seconds=120, untrained={"gate": 0.4})
+        figures = dict(updates=20, trained=40, pace=3, total=2, rate=TASKS["copy"][1]["lr"])
+        assert {**row, **figures, "untrained": 0.4} == tables.complete(row)
+    assert tables.complete(row | {"flags": "--lr 0.5 --seed 0"})["rate"] == 0.5
+    assert tables.RATES == {task: TASKS[task][1]["lr"] for task in tables.RATES}
 
 def test_tables_and_numbers_are_filled_in():
-    cells = {"a-none-b": seeds([0.7], prototype=0.9, tried="x"),
-             "a-hebbian-b": seeds([0.6, 0.61, 0.62], lesion=0.2, change=2),
-             "a-gradient-b": seeds([0.7, 0.72, 0.71], change=2)}
-    p = p_of(cells["a-hebbian-b"], cells["a-gradient-b"])
-    head = ("| x | static | Hebbian | p: Hebbian, gradient | gradient − Hebbian | encoder alone "
-            "| tried | paper's best |\n| - | - |\n")
-    rows = "| a-*-b |\n| words <!-- row a-*-b lesion --> | 1 | 2 | 3 | 4 | 5 | 6 | 7 |\n"
-    *_, first, second = tables.fill(f"<!-- table score -->\n{head}{rows}", cells).splitlines()
-    filled = f"0.700 (one seed) | 0.610 ± 0.010 (3) | {p} | +0.100 | 0.900 | x | -"
-    assert first == f"| a-*-b | {filled} |" and float(p) < 0.05
-    assert second.endswith("--> | - | 0.200 ± 0.000 (3) | - | - | 0.900 | x | 7 |")
-    gates = f"<!-- table change -->\n{head}| a-*-b |\n"
-    assert "| 2.0 ± 0.0 (3) |" in tables.fill(gates, cells)
-    cells["a-gradient-b"][1]["learned"] = None  # Gates of what has not learned say nothing.
-    assert "| 2.0 ± 0.0 (3) |" not in tables.fill(gates, cells)
-    numbers = ("It has <!-- a-none-b score -->0.700. Worst: <!-- a-hebbian-b worst -->0.600, best "
-               f"(<!-- a-hebbian-b best -->0.620), <!-- p a-hebbian-b a-gradient-b score -->{p};")
-    old = numbers.replace("0.700", "9").replace("0.600", "?").replace("0.620", "")
-    assert tables.fill(old, cells) == tables.fill(numbers, cells) == numbers
-    for wrong in ("<!-- c score -->1", "<!-- a-none-b nothing -->1", "<!-- p a-none-b c score -->1",
-                  "<!-- p c a-none-b score -->1", "<!-- table x -->\n", gates + "| c | 1 |\n",
-                  gates.replace("tried", "tired")):
-        with TestCase().assertRaisesRegex(ValueError, "no (run|figure|column) is called|no table"):
+    cells = {"a-none-b": seeds([0.7, 0.8, 0.6]), "a-hebbian-b": seeds([0.6] * 3, lesion=0.2),
+             "a-gradient-b": seeds([0.8, 0.9, 0.7], lesion=0.3)}
+    comment = ("<!-- table score lesion\nx | y | H | L | G | L\nwords: of | 1: a-+-b\n"
+               "one | 2: a-none-b@pace - a-hebbian-b\n-->\n")
+    rows = ("| x | y | H | L | G | L |\n| --- | --- | --- | --- | --- | --- |\n"
+            "| words: of | 1 | 0.600 | 0.200 | 0.800 ± 0.100 | 0.300 |\n"
+            "| one | 2 | 6 | - | 0.600 | 0.200 |\n")
+    comment = comment.replace("- a-heb", "-@x a-heb")
+    star = "<!-- table score\nx | s | H | G\nw: a-*-b\n-->\n"
+    compare = "<!-- compare score\nx\nw: a-none-b a-gradient-b\n-->\n"
+    numbers = ("It has <!-- a-none-b score -->0.700. Lesioned: <!-- a-hebbian-b lesion -->0.200, "
+               "(<!-- a-gradient-b score -->0.800), <!-- a-none-b a-gradient-b score -->+0.100;\n")
+    text = f"{comment}{rows}\n{star}{compare}\n{numbers}"
+    filled = tables.fill(text, cells)
+    assert f"{comment}{rows}\n" in filled and numbers in filled
+    assert "| w | 0.700 ± 0.100 | 0.600 | 0.800 ± 0.100 |\n" in filled
+    assert "| w | 3 | +0.100 (+0.100 to +0.100) | - | 0.25 | - |\n" in filled
+    for old, new in (("0.200 |", "9 |"), ("0.700.", "?."), ("0.800)", ")"), ("+0.100;", "-1;")):
+        assert tables.fill(filled.replace(old, new), cells) == filled, "it is filled in anew"
+    for wrong in ("<!-- c-d score -->1", "<!-- a-none-b nothing -->1", star.replace("a-*", "c-*"),
+                  star.replace("| G", ""), compare.replace("score", "nothing")):
+        with TestCase().assertRaisesRegex(ValueError, "no (run|figure) is called|as many columns"):
             tables.fill(wrong, cells)
 
 def test_pages_come_from_the_results():
     cells = tables.read_cells()
-    for name, rows in cells.items():
-        assert len({row.get("settings") for row in rows}) == 1, f"{name}: its seeds differ"
     for path in tables.PAGES:
         text = path.read_text()
         assert tables.fill(text, cells) == text, f"{path}: python results/tables.py"
-        for line in "".join(match[3] for match in tables.TABLE.finditer(text)).splitlines():
-            assert len(re.sub(" <!--.*?-->", "", line)) <= 160, line
+        assert all(len(line) <= 140 and line.count("|") <= 7 for line in text.splitlines()
+                   if line.startswith("|")), f"{path}: a wide table"
+        names = {name for comment in tables.TABLE.findall(text) for name in cells
+                 if re.search(rf"\b{name}\b", comment[0])}
+        for name in names:
+            assert len({re.sub("--seed .*", "", row["flags"]) for row in cells[name]}) == 1, name
     source = "".join(path.read_text() for path in HERE.glob("*.py"))
     idea = (HERE / "README.md").read_text().split("## Make it your own")[0]
     for line in "".join(re.findall(r"```python\n(.*?)```", idea, re.DOTALL)).splitlines():
@@ -1313,13 +1311,6 @@ def test_lines_of_results():
     path.write_text(good + "\n" + good.replace('"seconds": ', '"seconds": 1') + "\n")
     rows = tables.read_cells(path)[re.sub(r"-s\d+$", "", json.loads(good)["name"])]  # the later
     assert [row["seconds"] for row in rows] == [float(f"1{json.loads(good)['seconds']}")]
-
-def test_pictures_are_drawn():
-    if not importlib.util.find_spec("matplotlib"):
-        raise SkipTest("no matplotlib here")
-    picture = new_folder() / "horizon.png"
-    tables.draw(tables.read_cells(), picture)
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 def run(name):  # -> the outcome of this test, and the line to print
     start = time.time()
