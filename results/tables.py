@@ -1,21 +1,16 @@
 """Fill in the tables and numbers of README.md and results/README.md: python results/tables.py
 
 The figures come from runs.jsonl, a line per run, as eval.py --append writes it. A *cell* is
-all seeds of one setting, such as copy-none-w8. A person writes what a table shows into a
-comment, and this program writes the table below:
+all seeds of one setting, such as copy-none-w8. Comments on a page say what stands where:
 
-    <!-- table score lesion           the figures of each cell
-    setting | guessing | Hebbian      the head
-    copying | 0.125: copy-hebbian-w8  a row: its first columns, then its cells
-    -->                               copy-*-w8 is short for the three rules, copy-+-w8 for two
-
-    <!-- compare score                how two cells differ; Holm corrects p for all the rows
-    setting                           the head of the first column
-    copying: copy-gradient-w8 copy-hebbian-w8
-    -->
-
-The comment <!-- CELL FIGURE --> in a sentence stands before a number of this program, and
-so does <!-- CELL CELL FIGURE --> before the difference, or ratio, of two cells.
+    <!-- table score lesion -->   The rows of the table below show these figures of the
+                                  cells that they name: | copying <!-- copy-none-w8 --> |
+                                  copy-*-w8 is short for three rules, copy-+-w8 for two, and
+                                  copy-none-w8@gate has a figure of its own.
+    <!-- compare score -->        The rows below show how the second cell that they name
+                                  differs from the first. Holm's p counts all rows.
+    <!-- CELL FIGURE -->          The number behind the comment is this figure of the cell.
+    <!-- CELL CELL FIGURE -->     The number behind it is their difference, or ratio.
 """
 import functools
 import itertools
@@ -31,7 +26,8 @@ PAGES = (HERE.parent / "README.md", HERE / "README.md")
 SHORT = {"*": ("none", "hebbian", "gradient"), "+": ("hebbian", "gradient")}
 RATES = {"copy": 0.008, "cue": 0.003, "regression": 0.002}  # where the flags have no --lr
 ACCURACIES = ("score", "lesion", "prototype")  # where the metric is accuracy
-TABLE = re.compile(r"(<!-- (table|compare) (.*)\n((?:.*\n)*?)-->\n)(?:\|.*\n)*")
+TABLE = re.compile(r"(<!-- (table|compare) ([\w ]+) -->\n\|.*\n\|.*\n)((?:\|.*\n)*)")
+ROW = re.compile(r"(\| .*<!-- (.+?) -->) \|")  # what a person writes, and the cells
 NUMBER = re.compile(r"(<!-- ([a-z]+-\S+ )?([a-z]+-\S+) (\w+) -->)"
                     r"[^\s,();|]*?(?=[.:]?(?:[\s,();|]|$))")  # up to a space or a mark
 
@@ -60,18 +56,21 @@ def complete(row):
     facts = dict(updates=min(learned, default=None), trained=trained,
                  pace=row["seconds"] / trained, total=row["seconds"] / 60,
                  rate=float(rate[1]) if rate else RATES.get(row["task"], 0.001))
-    if "untrained" in row:
-        facts["untrained"] = row["untrained"]["gate"]
+    for key, value in row.get("untrained", {}).items():  # gates before training
+        facts[f"{key}_before"] = value
     return {**row, **facts}
 
 def fill(text, cells):
     """A page with all its tables and numbers anew."""
     def new_table(match):
-        comment, kind, keys, lines = match.groups()
+        head, kind, keys, lines = match.groups()
+        rows = [ROW.match(line).groups() for line in lines.splitlines()]
         make = table if kind == "table" else compare
-        rows = make(keys.split(), lines.splitlines(), cells)
-        rows.insert(1, ["---"] * len(rows[0]))
-        return comment + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        texts = make(keys.split(), [names.split() for _, names in rows], cells)
+        lines = [" | ".join([words, *row]) + " |" for (words, _), row in zip(rows, texts)]
+        if any(line.count("|") != head.split("\n")[1].count("|") for line in lines):
+            raise ValueError(f"a row has not as many columns as its head: {head}")
+        return head + "".join(line + "\n" for line in lines)
 
     def new_number(match):
         comment, one, other, key = match.groups()
@@ -87,42 +86,32 @@ def find(name, cells):
         raise ValueError(f"no run is called '{name}'")
     return cells[name]
 
-def table(keys, lines, cells):
-    """Rows of texts: the figures `keys` of the cells that each line names."""
-    rows = [lines[0].split(" | ")]
-    for line in lines[1:]:
-        words, names = line.rsplit(": ", 1)
-        chosen = []
-        for name in names.split():  # A name may have a figure of its own: copy-none@lesion
+def table(keys, rows, cells):
+    """The texts of each row: the figures `keys` of the cells that it names."""
+    texts = []
+    for names in rows:
+        texts.append([])
+        for name in names:
+            name, _, own = name.partition("@")
             star = "*" if "*" in name else "+"
-            rules = SHORT[star] if star in name else [""]
-            chosen += [name.replace(star, rule) for rule in rules]
-        figures = []
-        for name, _, own in [name.partition("@") for name in chosen]:
-            for key in [own] if own else keys:
-                figures.append("-" if name == "-" else figure(find(name, cells), key))
-        rows.append([*words.split(" | "), *figures])
-        if len(rows[-1]) != len(rows[0]):
-            raise ValueError(f"the row '{line}' has not as many columns as its head")
-    return rows
+            for rule in SHORT[star] if star in name else [""]:
+                cell = name.replace(star, rule)
+                for key in [own] if own else keys:
+                    texts[-1].append("-" if cell == "-" else figure(find(cell, cells), key))
+    return texts
 
-def compare(keys, lines, cells):
-    """Rows of texts: how the figure of the second cell differs from that of the first."""
-    results = []
-    for line in lines[1:]:
-        words, names = line.rsplit(": ", 1)
-        one, other = [find(name, cells) for name in names.split()]
-        results.append((words, *difference(one, other, keys[0])))
-    rows = [[lines[0], "seeds", "second − first, or ratio", "p", "p by flips", "p by Holm"]]
-    for words, seeds, text, p, flips in results:
-        smaller = sorted(q for *_, q, _ in results if q is not None)
-        holm = "-"
+def compare(keys, rows, cells):
+    """The texts of each row: how the figure of its second cell differs from the first's."""
+    results = [difference(*[find(name, cells) for name in names], keys[0]) for names in rows]
+    smaller = sorted(p for _, _, p, _ in results if p is not None)
+    texts = []
+    for seeds, text, p, flips in results:
+        holm = None
         if p is not None:  # Holm 1979: the k-th smallest p counts n - k + 1 times.
-            ranks = [q * (len(smaller) - k) for k, q in enumerate(smaller) if q <= p]
-            holm = f"{min(1, max(ranks)):.2g}"
-        numbers = ["-" if q is None else f"{q:.2g}" for q in (p, flips)]
-        rows.append([words, str(seeds), text, *numbers, holm])
-    return rows
+            holm = min(1, max(q * (len(smaller) - k) for k, q in enumerate(smaller) if q <= p))
+        numbers = ["-" if q is None else f"{q:.2g}" for q in (p, flips, holm)]
+        texts.append([str(seeds), text, *numbers])
+    return texts
 
 def figure(rows, key):
     """A figure of a cell as text: the mean over its seeds ± their standard deviation."""
