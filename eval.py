@@ -4,12 +4,10 @@
     python eval.py out/copy-*                              # a line per run
     python eval.py out/copy-* --append results/runs.jsonl  # keep what was measured
     python eval.py results/runs.jsonl --only '*-w8-s?'     # report what was kept
-    python eval.py out/copy-* --plot FILE.png              # draw how they learned
 
 Scores are those of best.pt; gates those of ckpt.pt, so that runs have equal updates.
 """
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -22,14 +20,13 @@ from statistics import fmean
 import torch
 
 from model import Transformer, setting
-from train import (DEVICE, add_flags, defaults, errors_as_one_line, evaluate, load_run,
+from train import (CHANGEABLE, DEVICE, add_flags, defaults, errors_as_one_line, evaluate, load_run,
                    new_parser, prepare, show)
 
 @dataclass
 class Options:
     only: str = setting("*", "pattern of the runs of a file, such as 'copy-*-s0'")
     append: str = setting(None, "file that gets a line per measured run")
-    plot: str = setting(None, "picture to draw (needs matplotlib)")
     episodes: int = setting(600, "number of test episodes", 2)
     batch_size: int = setting(20, "episodes per batch; another size draws others", 1)
     seed: int = setting(0, "seed of the test episodes", 0, 2**30)
@@ -51,6 +48,8 @@ def measure(folder, options, device):
     best, task, model = load_run(folder / "best.pt", changes)
     last, _, last_model = load_run(folder / "ckpt.pt", changes)
     args = best["args"]
+    if any(args[key] != last["args"][key] for key in args if key not in CHANGEABLE):
+        raise ValueError(f"{folder} has best.pt and ckpt.pt of different runs")
     model.to(device).eval()
     print(f"measuring {folder} on {options.episodes} episodes", flush=True)
     if task.kind == "image":  # 15 per class, as in the literature, if there are as many
@@ -153,7 +152,7 @@ def report(row, answers=()):
         largest = max(*gates["write"], 1e-12)
         for t, write in enumerate(gates["write"]):
             yield (f"  {t:4} {row['steps'][t]:9} {gates['eta'][t]:8.5f} {gates['norm'][t]:9.3f} "
-                   f"{write:8.5f} {'#' * round(40 * write / largest)}")
+                   f"{write:8.5f} {'#' * round(max(0, 40 * write / largest))}")
 
 def overview(rows):  # a line per run
     keys = ("score", "interval", "lesion", "gate", "persistence", "change", "selectivity")
@@ -166,13 +165,17 @@ def read_rows(path):
     """The rows of a file of --append. Of two rows with one name, the later counts."""
     rows = {}
     try:
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            list(report(row))  # This fails where a figure is missing.
+        text = path.read_text()
+        if text and not text.endswith("\n"):
+            raise ValueError("its last line has no end")
+        for row in map(json.loads, text.splitlines()):
+            list(report(row)) + list(overview([row]))  # This fails where a figure is missing.
             fmean(row["curve"]["step"] + row["curve"]["val_metric"])
-            rows[row["name"]] = {"task": row["task"], "rule": row["rule"], **row}  # or these two
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}): name a file of --append") from error
+            if not all(isinstance(row[key], str) for key in ("name", "task", "rule")):
+                raise ValueError("a name is no text")
+            rows[row["name"]] = row
+    except Exception as error:  # A damaged or foreign file can fail in any way.
+        raise ValueError(f"{path} cannot be read ({error}): name a file of --append") from error
     return list(rows.values())
 
 def append_row(path, row):
@@ -189,27 +192,6 @@ def append_row(path, row):
             os.truncate(path, size)  # A full disk takes half a line, which nobody can read.
         raise OSError(f"{path} cannot be written: {error}") from error
 
-def plot(rows, path):
-    """Draw scores by update: a line per run, and a bold mean where steps agree."""
-    from matplotlib.figure import Figure
-    tasks = {row["task"] for row in rows}
-    if len(tasks) > 1:
-        raise ValueError(f"--plot: these are runs of {', '.join(sorted(tasks))}, choose one task")
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for rule, color in {"none": "gray", "hebbian": "C0", "gradient": "C1"}.items():
-        curves = [row["curve"] for row in rows if row["rule"] == rule]
-        for curve in curves:
-            axes.plot(curve["step"], curve["val_metric"], color=color, linewidth=0.6)
-        if curves and all(curve["step"] == curves[0]["step"] for curve in curves):
-            scores = [fmean(column) for column in zip(*(c["val_metric"] for c in curves))]
-            axes.plot(curves[0]["step"], scores, color=color, linewidth=2, label=rule)
-    axes.axhline(rows[0]["chance"], color="gray", linestyle="dashed", linewidth=1)
-    axes.set(xlabel="update", ylabel=f"validation {rows[0]['metric']}",
-             yscale="log" if rows[0]["metric"] == "mse" else "linear")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
 def parse_args(argv=None):
     parser = new_parser(__doc__, "python eval.py RUN... [flags]")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
@@ -219,11 +201,6 @@ def parse_args(argv=None):
     runs = given.pop("runs")
     options = Options(**given)
     # What cannot be written is found out before everything is measured.
-    if options.plot and not importlib.util.find_spec("matplotlib"):
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    picture = Path(options.plot or "none.png")
-    if picture.suffix not in (".png", ".pdf", ".svg") or not picture.parent.is_dir():
-        raise ValueError(f"--plot {picture}: name a .png, .pdf or .svg in a folder that exists")
     if options.append:
         open(options.append, "a").close()
     if options.append and Path(options.append).is_file():
@@ -233,7 +210,9 @@ def parse_args(argv=None):
 def main(argv=None):
     with errors_as_one_line():
         runs, options = parse_args(argv)
-        device, _, _ = prepare(options)
+        device, _, world = prepare(options)
+        if world > 1:
+            raise ValueError("eval.py measures in one process: start it without torchrun")
         rows = []
         answers = []
         try:
@@ -250,8 +229,6 @@ def main(argv=None):
                 print("\n".join(overview(rows) if len(rows) > 1 else report(rows[0], answers)))
         if not rows:
             raise ValueError(f"--only {options.only}: no run of the file has such a name")
-        if options.plot:
-            plot(rows, options.plot)
 
 if __name__ == "__main__":
     try:

@@ -877,9 +877,7 @@ def test_kept_rows():
     run, other = [trained(f"{TINY_COPY} --steps 4 --eval-interval 1 --seed {i}") for i in (1, 2)]
     row, answers = measured(run, episodes=30, batch_size=1)
     file = new_folder() / "runs.jsonl"
-    picture = f"--plot {file}.png" if importlib.util.find_spec("matplotlib") else ""
-    output = call(evaluation, f"{run} --episodes 30 --batch-size 1 --append {file} {picture}")
-    assert not picture or Path(f"{file}.png").read_bytes().startswith(b"\x89PNG")
+    output = call(evaluation, f"{run} --episodes 30 --batch-size 1 --append {file}")
     assert output.split("\n", 1)[1] == "\n".join(evaluation.report(row, answers)) + "\n"
     figures = [f" {row[key]:.5f} ± {row[half]:.5f} (95% interval), 30 episodes; guessing 0.25\n"
                for key, half in (("score", "interval"), ("lesion", "lesion_interval"))]
@@ -977,20 +975,26 @@ def damages(path, trap):  # what no command can read in place of a checkpoint or
         changes = [dict(images=trap), dict(images=few, classes=[*"abc"]), dict(images=floats)]
     else:
         misfits = [dict(d_ff=17), dict(d_ff="wide"), dict(rule="magic"), dict(delay=300_000_000),
-                   dict(n_head=1, d_model=10**6), dict(steps=1.5), dict(steps=True), dict(pairs=3)]
+                   dict(n_head=1, d_model=10**6), dict(steps=1.5), dict(steps=True), dict(pairs=3),
+                   dict(delay=None), dict(lr=None), dict(seed=[1])]
         wrong = [trap, None, {"task": "copy"}, *(state["args"] | misfit for misfit in misfits)]
         changes = [dict(model={}), dict(model=None), *(dict(args=args) for args in wrong)]
+        weight = state["model"]["head.weight"]
+        odd = (weight.double(), weight.to(torch.complex64), weight[:1, :1].expand_as(weight))
+        changes += [dict(model=state["model"] | {"head.weight": value}) for value in odd]
     if "run" in state:  # Without its parts the content is that of best.pt.
         run = state["run"]
         optimizer = state["optimizer"]
         yield from (saved({key: part for key, part in state.items() if key != gone})
                     for gone in ("run", "optimizer", "generator"))
         wrong = [dict(step="4"), dict(step=-1), dict(best=None), dict(losses=["x"]), dict(log=[5]),
-                 dict(log=[{"step": 4}]), dict(log=[run["log"][0] | {"val_loss": "x"}])]
+                 dict(log=[{"step": 4}]), dict(log=[run["log"][0] | {"val_loss": "x"}]),
+                 dict(log=[]), dict(best=math.nan)]
         changes += [dict(run=run | change) for change in wrong]
         moments = optimizer["state"][0] | {"exp_avg": torch.zeros(3)}
         changes += [dict(optimizer=optimizer | {"state": state}) for state in (
-            None, {0: {}}, {0: moments}, {999: optimizer["state"][0]})]
+            None, {0: {}}, {0: moments}, {999: optimizer["state"][0]},
+            {0: optimizer["state"][0] | {"step": torch.tensor(-1.0)}})]
         changes += [dict(generator=torch.zeros(3, dtype=torch.uint8)), dict(generator=None)]
     yield from (saved(state | change) for change in changes)
 
@@ -1012,8 +1016,10 @@ def test_damaged_files():
     row = json.loads(rows.read_text())
     misfits = [{key: row[key] for key in row if key != gone}
                for gone in ("name", "flags", "score", "task", "rule", "curve")]
-    misfits += [row | {"score": None}, row | {"gates": 3}, row | {"curve": {"step": [1]}}]
-    contents = (b"x", b"5", b"[1]", b"{}", b"\xff", *(json.dumps(x).encode() for x in misfits))
+    misfits += [row | {"score": None}, row | {"gates": 3}, row | {"curve": {"step": [1]}},
+                row | {"name": 5}, row | {"score": 10**400}]
+    contents = (b"x", b"5", b"[1]", b"{}", b"\xff", rows.read_bytes()[:-1],  # no end of line
+                *(json.dumps(x).encode() + b"\n" for x in misfits))
     cases += [(rows, content, {2}) for content in (trapped, *contents)]
     cases.append((run / "metrics.jsonl", trapped, {0}))  # A resume writes the log anew.
     rng = random.Random(0)
@@ -1109,16 +1115,24 @@ def test_nothing_is_measured_in_vain():
     folder = new_folder()
     rows = new_folder() / "rows"
     rows.write_text("half a li")
-    for flags in ("--append {}/no/rows", "--append {}", "--plot {}/no/x.png", "--plot {}/x.doc",
-                  f"--append {rows}"):
+    for flags in ("--append {}/no/rows", "--append {}", f"--append {rows}"):
         with intercepted(evaluation, "measure") as calls:
             call(evaluation, f"{copy} {flags.format(folder)}", 2)
         assert not calls and not os.listdir(folder), flags
     rows.unlink()
     call(evaluation, f"{copy} {cue} --episodes 2 --append {rows}")
-    if importlib.util.find_spec("matplotlib"):
-        line = call(evaluation, f"{copy} {cue} --episodes 2 --plot {folder}/x.png", 2)
-        assert line == "error: --plot: these are runs of copy, cue, choose one task\n"
+
+def test_runs_that_are_mixed_or_not_finite():
+    one, other = [trained(f"{TINY_COPY} --rule {rule} --steps 1") for rule in PLASTIC[:2]]
+    shutil.copy(other / "ckpt.pt", one)
+    line = call(evaluation, f"{one} --episodes 2", 2)
+    assert line == f"error: {one} has best.pt and ckpt.pt of different runs\n"
+    state = load(other)
+    state["model"]["head.bias"][-1] = math.nan
+    torch.save(state, other / "ckpt.pt")
+    rows = new_folder() / "rows"
+    call(evaluation, f"{other} --episodes 2 --append {rows}")
+    assert "nan" in call(evaluation, f"{rows}"), "a file that --append wrote is read"
 
 def test_terminals_that_cannot_print():
     run = new_folder() / "é"
@@ -1211,7 +1225,8 @@ def test_differences():
     # 4.303 / sqrt(3) = 2.484. Of 8 flips of signs two have a mean as large. Seed 3 is alone.
     one = seeds([1.0, 2.0, 3.0, 9.0])
     number, text, p, share = tables.difference(one, seeds([2.0, 4.0, 6.0]), "score")
-    assert (number, text, share) == (3, "+2.000 (-0.484 to +4.484)", 0.25) and abs(p - 0.0742) < 1e-3
+    assert (number, text, share) == (3, "+2.000 (-0.484 to +4.484)", 0.25)
+    assert abs(p - 0.0742) < 1e-3
     *_, p, share = tables.difference(seeds([1.0] * 4), seeds([2.0, 1.5, 0.7, 2.0]), "score")
     assert share == 4 / 16 and p > 0.05  # Signs ++++, +++ with a - on the 0.3, and their mirrors.
     # Errors and updates are ratios: their logarithms are 0, log 2 and log 4.
@@ -1241,7 +1256,8 @@ def test_figures():
         row["updates"] = updates
     errors[1]["pace"] = 3.0
     texts = {"score": "0.16 ± 0.16", "pace": "3",
-             "learned": "2 of 3", "updates": "300 (100 to over 500)", "minutes": "15 (5 to over 25)"}
+             "learned": "2 of 3", "updates": "300 (100 to over 500)",
+             "minutes": "15 (5 to over 25)"}
     assert {key: tables.figure(errors, key) for key in texts} == texts
     assert tables.figure(seeds([1.0] * 3), "score") == "1.000"
     assert tables.figure(seeds([0.7, 0.9]), "score") == "0.800 ± 0.141"
@@ -1295,6 +1311,15 @@ def test_pages_come_from_the_results():
     idea = (HERE / "README.md").read_text().split("## Make it your own")[0]
     for line in "".join(re.findall(r"```python\n(.*?)```", idea, re.DOTALL)).splitlines():
         assert line in source, f"the README has a line that is nowhere: {line}"
+
+def test_figures_are_drawn():
+    if not importlib.util.find_spec("matplotlib"):
+        raise SkipTest("no matplotlib here")
+    sys.modules["tables"] = tables  # as when figures.py is started in its folder
+    from results import figures
+    picture = new_folder() / "picture.png"
+    figures.draw_learning(tables.read_cells(), "copy-*-w8", picture)
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 def test_lines_of_results():
     path = new_folder() / "rows.jsonl"

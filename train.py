@@ -217,7 +217,7 @@ def begin(args):
                machine=f"{name}, torch {torch.__version__}, Python {platform.python_version()}")
     if args.resume:
         with loading(folder / "ckpt.pt"):
-            run = restore(state, run, optimizer, generator)
+            run = restore(state, optimizer, generator)
         if run["step"] >= 1:
             freeze_encoder(args, task, model, device)
 
@@ -330,13 +330,14 @@ def stop(number, frame):
 @contextlib.contextmanager
 def errors_as_one_line():
     """What a user can mend ends the program with one line. So does Ctrl-C."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
-    sys.stderr.reconfigure(errors="backslashreplace")
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # One may be closed.
+        stream.reconfigure(errors="backslashreplace")  # for a terminal that lacks a character
     signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # Background jobs ignore it.
         signal.signal(signal.SIGINT, stop)
     try:
         yield
+        print(end="", flush=True)  # The last error of a full disk or a closed pipe comes here.
     except KeyboardInterrupt as stopped:
         if os.environ.get("RANK", "0") == "0":  # one process of torchrun
             print(str(stopped) or "stopped", file=sys.stderr)
@@ -348,7 +349,7 @@ def errors_as_one_line():
             raise  # a fault of ours
         if isinstance(error, (MemoryError, RuntimeError)):
             error = "out of memory: lower --batch-size, or train a smaller model"
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
 
 def save(path, content):
@@ -357,7 +358,7 @@ def save(path, content):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         content = buffer.getvalue()
-    path = Path(path).resolve()  # A link stays, and its target is replaced.
+    path = Path(os.path.realpath(path))  # A link stays, and its target is replaced.
     temporary = Path(f"{path}.tmp")
     try:
         if path.exists() and not path.is_file():  # such as /dev/null
@@ -406,37 +407,48 @@ def load_run(path, changes=()):
     with loading(path):
         state = torch.load(path, weights_only=True, map_location="cpu")
         flags = {name: value for name, value in state["args"].items()
-                 if name != "resume" and value is not None}
-        argv = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+                 if name != "resume" and (name, value) != ("eval_interval", None)}
+        argv = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()
+                if isinstance(value, (int, float, str))]
         known = defaults(flags["task"], flags["rule"])
         if vars(train_parser().parse_args(argv)) != flags or known.keys() != state["args"].keys():
             raise ValueError("it has other settings than the flags")
+        if Path(path).name == "ckpt.pt":
+            check_run(state["run"], state["args"])
     settings = {**state["args"], "data_dir": Training.data_dir, **dict(changes)}
     task = make_task(settings)
     with loading(path):
         with torch.device("meta"):  # takes no memory
             model = Transformer(task, argparse.Namespace(**settings))
+        kinds = [(x.dtype, x.stride()) for x in model.state_dict().values()]
         model.load_state_dict(state["model"], assign=True)
-        return state, task, model.float()
+        if [(x.dtype, x.stride()) for x in model.state_dict().values()] != kinds:
+            raise ValueError("its weights are of another kind")
+        return state, task, model.to("cpu")
 
-def restore(state, run, optimizer, generator):
-    """Restore what a checkpoint has besides the model -> its run, like `run`."""
-    found = state["run"]
+def check_run(run, args):
+    """ValueError if the `run` of a checkpoint cannot go on: see begin() for its parts."""
+    known = dict(step=0, seconds=0.0, best=0.0, losses=[], log=[], machine="")
     line = dict(step=0, train_loss=0.0, metric="", val_loss=0.0, val_metric=0.0, seconds=0.0)
-    pairs = [(found, run), *((logged, line) for logged in found["log"])]
-    for values, known in pairs:
-        if {key: type(values[key]) for key in values} != {key: type(known[key]) for key in known}:
+    for values, like in [(run, known), *((logged, line) for logged in run["log"])]:
+        if {key: type(values[key]) for key in values} != {key: type(like[key]) for key in like}:
             raise ValueError("it has no run to go on with")
-    if found["losses"] or found["step"] < -state["args"]["pretrain_steps"]:
-        raise ValueError("its run has a step or losses that no checkpoint has")
+    if run["losses"] or run["step"] < -args["pretrain_steps"] or math.isnan(run["best"]) or (
+            run["best"] < math.inf and not run["log"]):
+        raise ValueError("its run has a step, losses or a best score that cannot be")
+
+def restore(state, optimizer, generator):
+    """Restore what a checkpoint has besides the model -> its run."""
     groups = optimizer.state_dict()["param_groups"]  # train.update sets the learning rate.
     optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
     for parameter, moments in optimizer.state.items():
-        shapes = {name: moment.shape for name, moment in moments.items()}
-        if shapes != dict(step=(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
+        alike = (parameter.shape, parameter.dtype, parameter.stride())
+        kinds = {name: (x.shape, x.dtype, x.stride()) for name, x in moments.items()}
+        step = kinds.pop("step")
+        if kinds != dict(exp_avg=alike, exp_avg_sq=alike) or step[0] or moments["step"] < 1:
             raise ValueError("its optimizer is of another model")
     generator.set_state(state["generator"])
-    return found
+    return state["run"]
 
 def prepare(args):
     """-> the device; the rank of this process, and their number (torchrun)."""
