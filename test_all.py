@@ -38,7 +38,7 @@ import tasks
 import train
 from model import RULES, Config, Transformer
 from plasticity import FastWeights, PlasticLinear, Plasticity, UnrolledFastWeights
-from results import tables
+from results import figures, tables
 from tasks import SPLITS, TASKS, Copy, Cue, Episodes, FewShot, Regression, random_generator
 
 HERE = Path(__file__).resolve().parent
@@ -1312,13 +1312,25 @@ def test_pages_come_from_the_results():
     for line in "".join(re.findall(r"```python\n(.*?)```", idea, re.DOTALL)).splitlines():
         assert line in source, f"the README has a line that is nowhere: {line}"
 
+def test_contributions_add_up_to_the_read():
+    for task, rule in product((Copy(3, 2, 5), Cue(4, 6)), PLASTIC):
+        model = small_model(task, rule)
+        for layer in model.plastic_layers():
+            torch.nn.init.zeros_(layer.beta)  # p_t is no product with x_t.
+        with intercepted(FastWeights, "read") as reads:
+            parts = figures.contributions(model, draw(task, 2))
+        for layer, part in parts.items():
+            x, y = [torch.cat(step, dim=1) for step in zip(*[
+                (read.args[2], read.result) for read in reads if read.args[1] is layer])]
+            fast = y - F.linear(x, layer.weight, layer.bias)  # P_t x_t, (B, T, out)
+            assert_close(part.sum(2), fast, f"{rule}: the sum of all writes")
+            assert fast.abs().max() > 1e-3
+
 def test_figures_are_drawn():
     if not importlib.util.find_spec("matplotlib"):
         raise SkipTest("no matplotlib here")
-    sys.modules["tables"] = tables  # as when figures.py is started in its folder
-    from results import figures
     picture = new_folder() / "picture.png"
-    figures.draw_learning(tables.read_cells(), "copy-*-w8", picture)
+    figures.main(trained(f"{TINY_COPY} --rule hebbian --steps 1 --window 2")).savefig(picture)
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 def test_lines_of_results():
