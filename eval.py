@@ -5,7 +5,7 @@
     python eval.py out/copy-* --append results/runs.jsonl  # keep what was measured
     python eval.py results/runs.jsonl --only '*-w8-s?'     # report what was kept
 
-Scores are those of best.pt; gates those of ckpt.pt, so that runs have equal updates.
+Scores come from best.pt. Gates (m_t, eta_t) come from ckpt.pt, the last update.
 """
 import argparse
 import json
@@ -28,7 +28,7 @@ class Options:
     only: str = setting("*", "pattern of the runs of a file, such as 'copy-*-s0'")
     append: str = setting(None, "file that gets a line per measured run")
     episodes: int = setting(600, "number of test episodes", 2)
-    batch_size: int = setting(20, "episodes per batch; another size draws others", 1)
+    batch_size: int = setting(20, "episodes per batch; the size changes the draw", 1)
     seed: int = setting(0, "seed of the test episodes", 0, 2**30)
     device: str = setting(DEVICE, "where to compute", choices=("cpu", "cuda"))
     threads: int = setting(1, "CPU threads", 1, 1024)
@@ -36,7 +36,7 @@ class Options:
 
 GATE_FIGURES = {  # means over test episodes and steps
     "gate": "sigmoid(m_t), what the model decides of eta_t",
-    "persistence": "eta_t / eta_0; the larger it is, the sooner past writes fade",
+    "persistence": "eta_t / eta_0; despite its name, a larger one fades writes sooner",
     "change": "what a write adds to the weights / the norm of the slow weights",
     "selectivity": "the write at a pair that is asked for / at noise, at the same step",
     "gate_counts": "sigmoid(m_t) at pairs that are asked for",
@@ -47,8 +47,8 @@ def measure(folder, options, device):
     changes = {"data_dir": options.data_dir}
     best, task, model = load_run(folder / "best.pt", changes)
     last, _, last_model = load_run(folder / "ckpt.pt", changes)
-    args = best["args"]
-    if any(args[key] != last["args"][key] for key in args if key not in CHANGEABLE):
+    args = last["args"]
+    if any(args[key] != best["args"][key] for key in args if key not in CHANGEABLE):
         raise ValueError(f"{folder} has best.pt and ckpt.pt of different runs")
     model.to(device).eval()
     print(f"measuring {folder} on {options.episodes} episodes", flush=True)
@@ -74,7 +74,7 @@ def measure(folder, options, device):
         row["lesion"] = lesioned.mean().item()
         row["lesion_interval"] = interval(lesioned)
         row.update(gate_figures(last_model, **test(last_model.to(device).eval())))
-        torch.manual_seed(args["seed"])
+        torch.manual_seed(args["seed"])  # as begin(): the model before training
         untrained = Transformer(task, last_model.config).to(device).eval()
         if args["pretrain_steps"]:
             untrained.embed.encoder = last_model.embed.encoder
@@ -100,7 +100,7 @@ def interval(scores):
     """How far the 95% interval of a mean of scores (n, L) reaches from that mean."""
     n = len(scores)
     means = scores.mean(1)  # (n)
-    if means.eq(1).all():  # Wilson's interval goes down from 1 by this much.
+    if means.eq(1).all():  # No spread: Wilson's interval reaches this far below 1.
         return 1.96**2 / (n + 1.96**2)
     return 1.96 * means.std().item() / math.sqrt(n)
 
@@ -123,7 +123,7 @@ def gate_figures(model, gates, asked_steps=None, **_):
     counts = torch.zeros_like(write, dtype=torch.bool).scatter(1, asked_steps, True)
     both = counts.any(0) & ~counts.all(0)  # (T)
     if both.any():
-        def mean_of(values, chosen):  # (n, T) -> a mean per step that shows both
+        def mean_of(values, chosen):  # (n, T) -> a mean per step with both
             return ((values * chosen).sum(0) / chosen.sum(0))[both]
 
         ratio = mean_of(write, counts) / mean_of(write, ~counts)
@@ -169,7 +169,7 @@ def read_rows(path):
         if text and not text.endswith("\n"):
             raise ValueError("its last line has no end")
         for row in map(json.loads, text.splitlines()):
-            list(report(row)) + list(overview([row]))  # This fails where a figure is missing.
+            _ = [*report(row), *overview([row])]  # raises where a figure is missing
             fmean(row["curve"]["step"] + row["curve"]["val_metric"])
             if not all(isinstance(row[key], str) for key in ("name", "task", "rule")):
                 raise ValueError("a name is no text")

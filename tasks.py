@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from model import setting
 
-# Splits share no sequence (copying), no class (images) and no random number.
+# Splits differ in their sequences (copying), classes (images) and random numbers.
 SPLITS = ("train", "val", "test")
 
 class Episodes(NamedTuple):
@@ -69,7 +69,7 @@ class Copy(Classification):
 
     step    0 1 2 3 4 | 5 .. 24 | 25 | 26 27 28 29 30
     shown   4 8 3 2 1 | 0 ..  0 |  9 |  0  0  0  0  0
-    asked             |         |    |  4  8  3  2  1
+    answer            |         |    |  4  8  3  2  1
 
     A recall comes 26 steps after its item; two layers with a window of 8 see 14 back.
     """
@@ -85,7 +85,7 @@ class Copy(Classification):
         self.step_names += ["delimiter"] + ["recall"] * self.seq_len
 
     def sample(self, split, batch_size, generator):
-        split_of_sum = torch.tensor([0, 0, 0, 1, 2])  # by the sum of the items modulo 5
+        split_of_sum = torch.tensor([0, 0, 0, 1, 2])  # index in SPLITS, by sum % 5
         items = torch.zeros(batch_size, self.seq_len, dtype=torch.long)  # (B, L)
         wrong = torch.ones(batch_size, dtype=torch.bool)  # (B): of another split
         while wrong.any():
@@ -104,7 +104,7 @@ class Cue(SquaredError):
     step      0     1    ..   7    | queries
     cue      13     4    ..  19    |   4    19   ..   13
     reward  0.31  0.84   .. 0.07   |   ?     ?   ..    ?
-    asked                          | 0.84  0.07  ..  0.31
+    answer                         | 0.84  0.07  ..  0.31
 
     With `noise`, other pairs come among these; one more feature marks those that count.
     """
@@ -143,7 +143,7 @@ class Regression(SquaredError):
     step     0    1   ..   9   | queries
     x       x_0  x_1  ..  x_9  |  x_10  x_11  ..
     y       y_0  y_1  ..  y_9  |    ?     ?   ..
-    asked                      |  y_10  y_11  ..
+    answer                     |  y_10  y_11  ..
     """
     dim: int = setting(3, "inputs", 1, 10_000)
     support: int = setting(10, "pairs of x and y shown", 1, 5000)
@@ -165,14 +165,14 @@ class Regression(SquaredError):
 
 @dataclass
 class FewShot(Classification):
-    """`shots` images of each of `ways` classes with labels; then others, without.
+    """`shots` labelled images of each of `ways` classes; then others of these classes.
 
     step      0     1     2     3     4  | queries
     image    fox   bed  rose  worm  baby |  bed'   fox'  ..
     label     2     0     1     4     3  |    ?      ?   ..
-    asked                                |    0      2   ..
+    answer                               |    0      2   ..
 
-    Splits have different classes. An episode draws classes and, if not all, labels.
+    Splits have different classes. Each episode draws classes and numbers them anew.
     """
     kind = "image"
     task: str  # "cifarfs" or "omniglot"
@@ -207,7 +207,7 @@ class FewShot(Classification):
         images = torch.rand(batch_size, N, n_images, generator=generator).argsort(dim=2)
         classes = classes[:, :N, None].expand_as(images)  # (B, N, images)
         labels = torch.arange(N)[:, None].expand_as(images)
-        # a row per image: its class, its number in the class, its label
+        # One row per image: (class, number within the class, label in the episode).
         table = torch.stack([classes, images, labels], dim=3)  # (B, N, images, 3)
         [support] = shuffle(generator, table[:, :, :K].flatten(1, 2))  # (B, N * K, 3)
         [query] = shuffle(generator, table[:, :, K:K + Q].flatten(1, 2))  # (B, N * Q, 3)
@@ -227,14 +227,14 @@ class FewShot(Classification):
 
     @torch.no_grad()
     def encode_images(self, split, encoder, device):
-        """On CIFAR-FS, show an image as the mean feature of it and its mirror image."""
+        """On CIFAR-FS alone, keep the mean feature of each image and its mirror image."""
         if self.task == "cifarfs":  # Omniglot still distorts its images.
             means = []
             for images in self.images[self.class_ids[split]].to(device):  # of a class
                 means.append((encoder(images) + encoder(images.flip(-1))) / 2)
             self.features[split] = torch.stack(means).cpu()  # (classes, images, E)
 
-# Each task has a class and defaults. No seed needs as many updates as `steps`.
+# For each task, its class and its defaults. `steps` sufficed for every seed tried.
 FEW_SHOT = dict(batch_size=16, lr=1e-3, d_model=128, d_ff=256)
 TASKS = {"copy": (Copy, dict(steps=140, lr=8e-3)),
          "cue": (Cue, dict(steps=400, lr=3e-3, alpha_init=20.0)),

@@ -1,13 +1,13 @@
 """Train a plastic Transformer on any task with any rule.
 
-    python train.py --task copy --rule hebbian              # half a minute
+    python train.py --task copy --rule hebbian              # about a minute
     python train.py --task copy --rule gradient --window 8  # attention is too short
     python train.py --task omniglot --rule hebbian          # downloads images once
     python train.py --resume --out-dir out/copy-hebbian-s0  # go on after a stop
     python eval.py out/copy-hebbian-s0                      # measure the model
 
 --out-dir gets metrics.jsonl (a line per evaluation), best.pt (the model that was best in
-validation) and ckpt.pt (the state after each evaluation, from which --resume continues).
+validation) and ckpt.pt (the state at the start and after each evaluation, for --resume).
 """
 import argparse
 import contextlib
@@ -58,9 +58,9 @@ class Training:
 def train(args, task, model, optimizer, generator, run, device, rank, world):
     """The one training loop, for every task and rule. It goes on after run["step"].
 
-    A checkpoint keeps `run`. Steps 1 - pretrain_steps to 0 train the image encoder
-    alone, which is frozen from then on. Steps from 1 on train the rest, or all where
-    nothing was pretrained. Of `world` processes, that of rank 0 writes the files.
+    `run`, from begin(), is the progress that ckpt.pt keeps. Steps below 1 pretrain the
+    image encoder alone. Step 1 freezes it and begins to train the rest. Without
+    pretraining, all is trained. Of `world` processes, that of rank 0 writes files.
     """
     start = time.time() - run["seconds"]
     for step in range(run["step"] + 1, args.steps + 1):
@@ -93,7 +93,7 @@ def train(args, task, model, optimizer, generator, run, device, rank, world):
             print(line, flush=True)  # after saving: a closed pipe loses nothing
 
 def encoder_loss(args, task, model, generator, device):
-    """Train the encoder to find the nearest prototype and, on CIFAR-FS, the class."""
+    """The encoder's loss: find the nearest prototype and, on CIFAR-FS, the class."""
     episodes = task.sample("train", 1, generator, PRETRAINING[args.task]).to(device)
     features = model.embed.features(episodes)  # (1, T + Q, E)
     loss = task.loss(nearest_prototype(features, episodes), episodes.target)
@@ -116,7 +116,7 @@ def schedule(step, steps):
     return warmup * (0.05 + 0.95 * cosine)
 
 def update(loss, optimizer, lr, clip, world=1):
-    """Update the model by a loss -> its value. FloatingPointError if not finite."""
+    """Update the model once -> the loss. FloatingPointError if it is not finite."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -135,7 +135,7 @@ def update(loss, optimizer, lr, clip, world=1):
     return loss.item()
 
 def validate(run, args, task, model, device):
-    """Evaluate on the same episodes each time; save -> a line about the scores."""
+    """Evaluate on validation episodes, save, and return a line about the scores."""
     step = run["step"]
     answer = model if step > 0 else model.embed.answer  # the encoder alone
     result = evaluate(answer, task, "val", args, EVAL_EPISODES, device)
@@ -153,8 +153,8 @@ def validate(run, args, task, model, device):
 
 @torch.no_grad()
 def evaluate(answer, task, split, options, n, device):
-    """Let a model, or a function like one, answer n episodes -> losses (n, 1), scores (n, L),
-    asked_steps (n, L) if known, and gates (3, n, T): eta_t, n_t and the change per write."""
+    """Let a model, or a function like one, answer n episodes -> losses (n, 1), scores
+    (n, L); for cues asked_steps (n, Q); with writes, gates (3, n, T): eta_t, n_t, change."""
     generator = random_generator(options.seed, split)
     parts = defaultdict(list)
     for start in range(0, n, options.batch_size):
@@ -294,7 +294,7 @@ def new_parser(description, usage):
     return parser
 
 def add_flags(parser, title, settings, tasks=TASKS):
-    """A flag per setting. Its help names the default, also of tasks that differ."""
+    """A flag per setting. Its help names the default, and each task's own one."""
     group = parser.add_argument_group(title)
     for field in fields(settings):
         if not field.metadata:
