@@ -26,13 +26,13 @@ class Config:
     d_model: int = setting(64, "channels of a token", 1)
     d_ff: int = setting(128, "channels inside a feed-forward layer", 1)
     window: int = setting(0, "number of steps that a step attends to; 0: all", 0)
-    filters: int = setting(64, "filters per convolution of the image encoder", 1)
+    filters: int = setting(64, "filters per convolution of the image encoder", 1, 1000)
     rule: str = setting("hebbian", "what is written (none: nothing)", choices=RULES)
     plastic: str = setting("all", "which blocks are plastic", choices=("all", "last"))
     alpha_init: float = setting(80.0, "initial value of alpha and beta", 0, 1000)
     eta0: float = setting(0.02, "eta_0, the upper limit of eta_t", 1e-9, 1)
     max_norm: float = setting(1.0, "norm above which a write is scaled down", 1e-9, 1e18)
-    aux_dim: int = setting(4, "auxiliary outputs, for the gradient rule", 0)
+    aux_dim: int = setting(4, "auxiliary outputs, for the gradient rule", 0, 1000)
     ablate: str = setting("none", "eta: sigmoid(m_t) is 1. alpha: alpha and beta are not "
                           "trained. backward: writes pass no gradient, and alpha, beta and "
                           "w_out are not trained", choices=("none", "eta", "alpha", "backward"))

@@ -76,7 +76,7 @@ class Copy(Classification):
     kind = "token"
     seq_len: int = setting(5, "tokens to remember", 2, 1000)
     delay: int = setting(20, "blanks before the delimiter", 0, 7999)
-    vocab_size: int = setting(10, "tokens, blank and delimiter included", 5)
+    vocab_size: int = setting(10, "tokens, blank and delimiter included", 5, 10_000)
 
     def __post_init__(self):
         self.n_out = self.vocab_size
