@@ -138,7 +138,7 @@ def until_learned(rows, key):
     scale = min(row["pace"] for row in rows) / 60 if key == "minutes" else 1
     known = sorted(scale * row["updates"] for row in rows if row["updates"] is not None)
     texts = [f"{x:.2g}" if key == "minutes" else str(x) for x in known]
-    texts += [f"over {scale * row['trained']:.3g}" for row in rows if row["updates"] is None]
+    texts += [f"over {scale * row['trained']:.4g}" for row in rows if row["updates"] is None]
     middle = texts[len(texts) // 2]
     return middle if texts[0] == texts[-1] else f"{middle} ({texts[0]} to {texts[-1]})"
 
