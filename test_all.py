@@ -611,7 +611,7 @@ for argv in ("--task sine --rule delta", "--window 8 --out-dir out/short"):
     train.main(f"{{argv}} --steps 2 --batch-size 2".split())"""
     (copy / "all.py").write_text("\n".join([checks, *programs]))
     def begin():  # as python all.py, but torch is there already
-        for name in ("plasticity", "model", "tasks", "train", "eval", "results", Path(__file__).stem):
+        for name in (*"plasticity model tasks train eval results".split(), Path(__file__).stem):
             sys.modules.pop(name, None)
         sys.path[:0] = [str(copy)]
         os.chdir(copy)

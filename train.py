@@ -466,7 +466,15 @@ def prepare(args):
         raise ValueError(f"WORLD_SIZE {world} without LOCAL_RANK: start by torchrun, or unset it")
     if args.batch_size % world:
         raise ValueError(f"--batch-size {args.batch_size}: no multiple of {world} processes")
-    torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    # Python handles no signal while C++ waits for the other processes.
+    handlers = {number: signal.signal(number, signal.SIG_DFL)
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    except RuntimeError as error:
+        raise ValueError(f"the processes of torchrun do not meet: {error}") from error
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     rank = torch.distributed.get_rank()
     return torch.device(args.device, int(os.environ["LOCAL_RANK"])), rank, world
 

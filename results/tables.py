@@ -183,7 +183,8 @@ def sample(rows, key, accuracy):
 @functools.cache
 def quantile(freedom):
     """The t beyond which, on both sides, 5% of Student's density lie."""
-    low, high = 0, 100
+    low = 0
+    high = 100
     while high - low > 1e-4:
         middle = (low + high) / 2
         if p_value(middle, freedom) > 0.05:
