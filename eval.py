@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +20,9 @@ from statistics import fmean
 
 import torch
 
-from model import Transformer, setting
+from model import Transformer, nearest_neighbour, setting
+from plasticity import UnrolledFastWeights
+from tasks import random_generator
 from train import (CHANGEABLE, DEVICE, add_flags, defaults, errors_as_one_line, evaluate, load_run,
                    new_parser, prepare, show)
 
@@ -33,6 +36,8 @@ class Options:
     device: str = setting(DEVICE, "where to compute", choices=("cpu", "cuda"))
     threads: int = setting(1, "CPU threads", 1, 1024)
     data_dir: str = setting("data", "folder of the images, downloaded if need be")
+
+READ_EPISODES = 16  # for which write each read uses
 
 GATE_FIGURES = {  # means over test episodes and steps
     "gate": "sigmoid(m_t), what the model decides of eta_t",
@@ -69,6 +74,10 @@ def measure(folder, options, device):
                interval=interval(scores), steps=task.step_names)
     if task.kind == "image":
         row["prototype"] = test(model.embed.answer)["scores"].mean().item()
+        if len(task.step_names) > task.n_out:  # With one image per label, both are the same.
+            def nearest(episodes):
+                return nearest_neighbour(model.embed.features(episodes), episodes), None
+            row["neighbour"] = test(nearest)["scores"].mean().item()
     if args["rule"] != "none":
         lesioned = test(lambda episodes: model(episodes, write=False))["scores"]
         row["lesion"] = lesioned.mean().item()
@@ -80,6 +89,8 @@ def measure(folder, options, device):
             untrained.embed.encoder = last_model.embed.encoder
         figures = gate_figures(untrained, **test(untrained))
         row["untrained"] = {key: figures[key] for key in GATE_FIGURES if key in figures}
+        episodes = task.sample("test", READ_EPISODES, random_generator(options.seed, "test"))
+        row.update(read_figures(task, episodes, watched_reads(model, episodes.to(device))))
 
     run = last["run"]
     row.update(seconds=run["seconds"], machine=run["machine"])
@@ -132,6 +143,50 @@ def gate_figures(model, gates, asked_steps=None, **_):
         figures["gate_noise"] = mean_of(gate, ~counts).mean().item()
     return figures
 
+class WatchedFastWeights(UnrolledFastWeights):
+    """Fast weights that note how much each earlier write adds to each read."""
+    fold = 10**9  # Every write stays a term of the sum.
+
+    def __init__(self, plasticity):
+        super().__init__(plasticity)
+        self.added = defaultdict(list)  # layer: (B, S) per read, of the S writes before it
+
+    def read(self, layer, x):
+        y = []
+        for x_t in x.split(1, dim=1):  # the step, or each query
+            y.append(super().read(layer, x_t))
+            if layer in self.past_x:
+                self.added[layer].append(self.terms(layer, x_t).norm(dim=2).detach())
+        return torch.cat(y, dim=1)
+
+    def terms(self, layer, x_t):
+        """c_ts u_s ∘ (alpha (x_s ∘ x_t)) for each earlier write s: (B, S, out)."""
+        return self.c * self.past_u[layer] * ((self.past_x[layer] * x_t) @ layer.alpha.mT)
+
+@torch.no_grad()
+def watched_reads(model, episodes):
+    """For each step after the first, then for each query: how much each of the S earlier
+    writes adds to the read, as a norm (layers * B, S)."""
+    usual = model.fast_weights
+    model.fast_weights = WatchedFastWeights
+    _, fast = model(episodes)
+    model.fast_weights = usual
+    return [torch.cat(norms).cpu() for norms in zip(*fast.added.values())]
+
+def read_figures(task, episodes, reads):
+    """Which earlier write adds most to the read of a step, and in what share of layers and
+    episodes. With cues: in what share of queries it is the write of the pair asked for."""
+    most = [norms.argmax(1) for norms in reads]  # (layers * B) per read
+    T = len(task.step_names)
+    steps = [writes.mode().values.item() for writes in most[:T - 1]]
+    shares = [(writes == step).double().mean().item() for writes, step in zip(most, steps)]
+    figures = dict(reads=dict(step=steps, share=shares))  # of steps 1 to T - 1
+    if hasattr(task, "asked_steps"):
+        asked = task.asked_steps(episodes).T[:, None]  # (Q, 1, B)
+        queries = torch.stack(most[T - 1:]).view(len(asked), -1, asked.size(2))
+        figures["reads_asked"] = (queries == asked).double().mean().item()
+    return figures
+
 def report(row, answers=()):
     """One run as lines: its figures, some answers, and a bar for each step's write."""
     yield f"{row['name']}: {row['flags']}; best at update {row['best_step']}"
@@ -140,19 +195,35 @@ def report(row, answers=()):
         if key in row or key == "score":
             yield (f"  {title:18} {row[key]:.5f} ± {row[half]:.5f} (95% interval), "
                    f"{row['episodes']} episodes; guessing {row['chance']:.5}")
-    if "prototype" in row:
-        yield f"  nearest prototype  {row['prototype']:.5f}   (the encoder alone)"
+    for key in ("prototype", "neighbour"):
+        if key in row:
+            yield f"  nearest {key:10} {row[key]:.5f}   (the encoder alone)"
     yield from answers
     if "gates" in row:
         for key in [key for key in GATE_FIGURES if key in row]:
             untrained = row.get("untrained", {}).get(key, math.nan)  # Old rows have none.
             yield f"  {key:18} {row[key]:.5f}   untrained {untrained:.5f}   {GATE_FIGURES[key]}"
-        yield f"  {'step':14} {'eta':>8} {'norm':>9} {'write':>8}   (means over episodes)"
-        gates = row["gates"]
-        largest = max(*gates["write"], 1e-12)
-        for t, write in enumerate(gates["write"]):
-            yield (f"  {t:4} {row['steps'][t]:9} {gates['eta'][t]:8.5f} {gates['norm'][t]:9.3f} "
-                   f"{write:8.5f} {'#' * round(max(0, 40 * write / largest))}")
+        if "reads_asked" in row:
+            yield (f"  {'reads_asked':18} {row['reads_asked']:.5f}   share of queries to whose "
+                   "reads the pair asked for adds most")
+        yield from report_steps(row)
+
+def report_steps(row):
+    """For each step what it writes, and which earlier write adds most to its read, in how
+    many percent of layers and episodes."""
+    gates = row["gates"]
+    reads = row.get("reads", dict(step=[], share=[]))  # Old rows have none.
+    uses = ["-"] + [f"{row['steps'][s]} {s}, {share:.0%}" for s, share in zip(*reads.values())]
+    largest = max(*gates["write"], 1e-12)
+    yield f"  {'step':14} {'eta':>8} {'norm':>9} {'write':>8}   reads most"
+    for t, name in enumerate(row["steps"]):
+        use = uses[t] if t < len(uses) else "-"
+        if t < len(gates["write"]):
+            eta, norm, write = [gates[key][t] for key in ("eta", "norm", "write")]
+            yield (f"  {t:4} {name:9} {eta:8.5f} {norm:9.3f} {write:8.5f}   {use:16} "
+                   f"{'#' * round(max(0, 30 * write / largest))}")
+        else:  # The last step of copying reads, and writes nothing.
+            yield f"  {t:4} {name:9} {'-':>8} {'-':>9} {'-':>8}   {use}"
 
 def overview(rows):  # a line per run
     keys = ("score", "interval", "lesion", "gate", "persistence", "change", "selectivity")

@@ -243,6 +243,13 @@ def nearest_prototype(features, episodes):
     prototypes = F.normalize(labels.mT @ shots, dim=2)  # (B, ways, E)
     return 10 * F.normalize(queries, dim=2) @ prototypes.mT
 
+def nearest_neighbour(features, episodes):
+    """The same by the nearest shot alone, as if each shot were a class of its own."""
+    shot = torch.arange(episodes.support_y.size(1), device=features.device)  # (T)
+    each = episodes._replace(support_y=shot.expand_as(episodes.support_y))
+    nearest = nearest_prototype(features, each).argmax(2)  # (B, Q)
+    return F.one_hot(episodes.support_y.gather(1, nearest)).to(features.dtype)
+
 class Conv4(nn.Module):
     """The encoder of the few-shot literature: (..., channels, size, size) -> (..., d_out)."""
     def __init__(self, channels, size, filters):

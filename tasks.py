@@ -173,6 +173,7 @@ class FewShot(Classification):
     answer                               |    0      2   ..
 
     Splits have different classes. Each episode draws classes and numbers them anew.
+    With `merge` 2, a label stands for two classes, so it shows 2 * `shots` images.
     """
     kind = "image"
     task: str  # "cifarfs" or "omniglot"
@@ -180,6 +181,7 @@ class FewShot(Classification):
     ways: int = setting(5, "classes per episode", 1, 100)
     shots: int = setting(1, "labelled images per class", 1, 50)
     queries: int = setting(5, "queries per class (in regression: per episode)", 1, 5000)
+    merge: int = setting(1, "classes that share a label", 1, 50)
 
     def __post_init__(self):
         self.images, self.class_ids = load_pack(self.data_dir, self.task)
@@ -188,9 +190,11 @@ class FewShot(Classification):
         if self.ways > n_classes or self.shots + self.queries > n_images:
             raise ValueError(f"--ways {self.ways} of {n_classes} classes, --shots {self.shots} "
                              f"and --queries {self.queries} of {n_images} images")
+        if self.ways % self.merge:
+            raise ValueError(f"--merge {self.merge} does not divide --ways {self.ways}")
         self.image_shape = self.images.shape[2:4]  # channels, size
-        self.n_out = self.ways
-        self.chance = 1 / self.ways
+        self.n_out = self.ways // self.merge
+        self.chance = 1 / self.n_out
         self.step_names = ["image"] * (self.ways * self.shots)
         # On CIFAR-FS, pretraining also learns to name the training classes.
         self.n_classes = len(self.class_ids["train"]) if self.task == "cifarfs" else 0
@@ -206,7 +210,8 @@ class FewShot(Classification):
         n_images = self.images.size(1)
         images = torch.rand(batch_size, N, n_images, generator=generator).argsort(dim=2)
         classes = classes[:, :N, None].expand_as(images)  # (B, N, images)
-        labels = torch.arange(N)[:, None].expand_as(images)
+        labels = torch.arange(N) % (N if sizes else self.n_out)  # pretraining merges none
+        labels = labels[:, None].expand_as(images)
         # One row per image: (class, number within the class, label in the episode).
         table = torch.stack([classes, images, labels], dim=3)  # (B, N, images, 3)
         [support] = shuffle(generator, table[:, :, :K].flatten(1, 2))  # (B, N * K, 3)

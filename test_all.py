@@ -37,7 +37,8 @@ from torch.nn import functional as F
 import eval as evaluation
 import tasks
 import train
-from model import RULES, Config, Transformer
+from eval import WatchedFastWeights
+from model import RULES, Config, Transformer, nearest_neighbour
 from plasticity import FastWeights, PlasticLinear, Plasticity, UnrolledFastWeights
 from results import figures, tables
 from tasks import SPLITS, TASKS, Copy, Cue, Episodes, FewShot, Regression, random_generator
@@ -442,6 +443,25 @@ def test_few_shot_episodes():
         assert torch.isin(classes, ids).all() and classes.sort().values.diff().all(), "two labels"
         assert N < len(ids) or torch.equal(classes, ids.expand(40, -1)), "labels do not stay"
         assert (name, split) != ("omniglot", "train") or len((classes // 1623).unique()) == 4
+
+def test_merged_labels():
+    task = FewShot("omniglot", fake_packs(), ways=6, shots=2, queries=3, merge=2)
+    assert (task.n_out, task.chance, len(task.step_names)) == (3, 1 / 3, 12)
+    task.images = torch.arange(20 * len(task.images)).view(-1, 20, 1, 1, 1)
+    x, y, query_x, target = task.sample("test", 9, random_generator(0, "test"))
+    for images, labels, n in ((x, y, 2), (query_x, target, 3)):
+        assert F.one_hot(labels, 3).sum(1).eq(2 * n).all(), "not as many of each label"
+        classes = images.flatten(1) // 20  # (9, N)
+        for b, label in product(range(9), range(3)):
+            assert [*Counter(classes[b, labels[b] == label].tolist()).values()] == [n, n]
+    pairs = {tuple(sorted(set((x[b].flatten()[y[b] == 0] // 20).tolist()))) for b in range(9)}
+    assert len(pairs) == 9, "classes meet at random"
+    _, y, *_ = task.sample("test", 2, random_generator(0, "test"), (6, 1, 1))
+    assert F.one_hot(y, 6).sum(1).eq(1).all(), "pretraining merges no labels"
+    features = torch.tensor([[1.0, 0], [-1, 0.5], [0, 1], [-1, -0.1], [0.2, 1]])[None]  # (1, 5, 2)
+    episodes = Episodes(None, torch.tensor([[2, 2, 0]]), None, None)
+    answers = nearest_neighbour(features, episodes)
+    assert answers.argmax(2).tolist() == [[2, 0]] and answers.dtype == torch.float32
 
 def test_packing_downloads():
     from PIL import Image
@@ -941,6 +961,53 @@ def test_salience_and_intervals():
     assert "selectivity" not in evaluation.gate_figures(model, gates, torch.tensor([[0, 1]] * 5))
     assert math.isclose(evaluation.interval(torch.ones(600, 5)), 1 - 600 / (600 + 1.96**2))
 
+def test_which_write_each_read_uses():
+    for task, rule in product((Copy(3, 2, 5), Cue(4, 6)), PLASTIC):
+        model = small_model(task, rule, FastWeights)
+        episodes = draw(task, 2)
+        for layer in model.plastic_layers():
+            torch.nn.init.zeros_(layer.beta)  # p_t is no product with x_t.
+        with intercepted(FastWeights, "read") as reads, torch.no_grad():
+            answers, _ = model(episodes)
+        fast = defaultdict(list)  # layer: P_t x_t (B, 1, out) of each step, then of each query
+        for read in reads:
+            _, layer, x = read.args
+            fast[layer] += (read.result - layer(x)).split(1, dim=1)
+        assert all(not values[0].any() and values[-1].any() for values in fast.values())
+        with intercepted(WatchedFastWeights, "terms") as terms, torch.no_grad():
+            norms = evaluation.watched_reads(model, episodes)
+        left = {layer: iter(values[1:]) for layer, values in fast.items()}
+        for read in terms:
+            assert_close(read.result.sum(1, keepdim=True), next(left[read.args[1]]),
+                         f"{rule}: the terms of all writes are the read")
+        assert not any([*values] for values in left.values()), "a read without terms"
+        parts = [[call.result.norm(dim=2) for call in terms if call.args[1] is layer]
+                 for layer in model.plastic_layers()]
+        for norm, *layers in zip(norms, *parts, strict=True):
+            assert_close(norm, torch.cat(layers), "norms")
+        assert model.fast_weights is FastWeights, "the model stays as it was"
+        assert_close(model(episodes)[0], answers, "answers")
+
+def test_reads_in_words():
+    task = Cue(2, 4)
+    first = [[1.0], [1.0], [1.0], [1.0]]  # of step 1, in two layers and two episodes: (4, 1)
+    queries = [[[2.0, 1], [2, 1], [2, 1], [1, 2]], [[1, 2], [3, 2], [1, 2], [1, 2]]]
+    reads = [torch.tensor(norms) for norms in (first, *queries)]
+    episodes = SimpleNamespace()
+    with mock.patch.object(Cue, "asked_steps", lambda *_: torch.tensor([[0, 1]] * 2)):
+        row = evaluation.read_figures(task, episodes, reads)
+    # In both episodes the first query asks for the write 0, and the second for the write 1.
+    assert row == dict(reads=dict(step=[0], share=[1.0]), reads_asked=6 / 8)
+    copy = [torch.tensor(norms) for norms in ([[1.0]] * 4, [[1.0, 2], [2, 1], [2, 1], [2, 1]])]
+    row = evaluation.read_figures(Copy(2, 0), None, copy)
+    assert row == dict(reads=dict(step=[0, 0], share=[1.0, 0.75]))
+    gates = dict(eta=[0.1] * 4, norm=[1.0] * 4, write=[0.1, 0.2, 0.1, 0.1])
+    row |= dict(steps="item item delimiter recall recall".split(), gates=gates)
+    lines = [*evaluation.report_steps(row)]
+    assert [line.split()[5:7] for line in lines[2:4]] == [["item", "0,"]] * 2
+    assert lines[3].split()[7] == "75%" and lines[2].endswith("#" * 30)
+    assert lines[5].split() == "4 recall - - - -".split() and len(lines) == 6
+
 # ------ 5. Bad input ------
 def test_bad_arguments():
     highest = dict(eta0=1, lr=1, alpha_init=1000, max_norm=1e18, seed=2**30, window=10**6)
@@ -948,7 +1015,8 @@ def test_bad_arguments():
     assert highest.items() <= vars(train.parse_args(argv.split())).items(), "tops of ranges"
     out = new_folder() / "out"
     wrong = """--n-head 3 --d-model 64; --pairs 9 --cues 8 --task cue; --ways 17 --task cifarfs;
-        --shots 6 --queries 15 --task omniglot; --steps ten; --lr nan; --alpha-init inf;
+        --shots 6 --queries 15 --task omniglot; --merge 2 --ways 5 --task omniglot;
+        --steps ten; --lr nan; --alpha-init inf;
         --rule magic; --ablate all; --plastic none; --delay 3 --task cue; --nonsense;
         --alpha 2; --device tpu; --device cuda; --seed 1073741825; --window -1;
         --steps 0; --lr -1; --eta0 2; --alpha-init -1; --max-norm 0; --vocab-size 3; --dim 0;
@@ -1334,26 +1402,18 @@ def test_pages_come_from_the_results():
     for line in "".join(re.findall(r"```python\n(.*?)```", idea, re.DOTALL)).splitlines():
         assert line in source, f"the README has a line that is nowhere: {line}"
 
-def test_contributions_add_up_to_the_read():
-    for task, rule in product((Copy(3, 2, 5), Cue(4, 6)), PLASTIC):
-        model = small_model(task, rule)
-        for layer in model.plastic_layers():
-            torch.nn.init.zeros_(layer.beta)  # p_t is no product with x_t.
-        with intercepted(FastWeights, "read") as reads:
-            parts = figures.contributions(model, draw(task, 2))
-        for layer, part in parts.items():
-            x, y = [torch.cat(step, dim=1) for step in zip(*[
-                (read.args[2], read.result) for read in reads if read.args[1] is layer])]
-            fast = y - F.linear(x, layer.weight, layer.bias)  # P_t x_t, (B, T, out)
-            assert_close(part.sum(2), fast, f"{rule}: the sum of all writes")
-            assert fast.abs().max() > 1e-3
-
 def test_figures_are_drawn():
+    run = trained(f"{TINY_COPY} --rule hebbian --steps 1 --window 2")
+    _, task, model = train.load_run(run / "best.pt")
+    values = figures.read_map(model.eval(), task.sample("test", 3, random_generator(0, "test")))
+    assert values.shape == (8, 8) and not values.triu().any() and values[1, 0] == 1
+    assert (values.amax(1)[1:] > 0.5).all() and values.max() == 1
     if not importlib.util.find_spec("matplotlib"):
         raise SkipTest("no matplotlib here")
-    picture = new_folder() / "picture.png"
-    figures.main(trained(f"{TINY_COPY} --rule hebbian --steps 1 --window 2")).savefig(picture)
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for name, figure in figures.draw(run).items():
+        picture = new_folder() / name
+        figure.savefig(picture)
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 def test_lines_of_results():
     path = new_folder() / "rows.jsonl"

@@ -14,60 +14,23 @@ from torch.nn import functional as F
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import tables
-from plasticity import FastWeights
+from eval import watched_reads
 from tasks import random_generator
 from train import load_run
 
 NAMES = {"none": "static", "hebbian": "Hebbian", "gradient": "gradient"}
+DELAYS = {"20": "copy-+-w8-until"}
+LENGTHS = {"5": "copy-+-w8-until", "10": "copy-+-w8-len10-until"}
 COLORS = {"none": "gray", "hebbian": "C0", "gradient": "C1"}
 
-class RecordedFastWeights(FastWeights):
-    """FastWeights that keep the input, the signal and the strength of every write."""
-    def __init__(self, plasticity):
-        super().__init__(plasticity)
-        self.writes = []
-
-    def store(self, eta, u):
-        super().store(eta, u)
-        self.writes.append((eta, dict(self.x), dict(u)))
-
-@torch.no_grad()
-def contributions(model, episodes):
-    """What each write adds to each read: {layer: (B, T, S, out)}, for T reads and S writes.
-
-    A read P_t x_t is the sum over s of c_ts u_s ∘ (alpha (x_s ∘ x_t)); see plasticity.py.
-    The reads are those of the steps and then, if there are any, of the queries.
-    """
-    model.fast_weights = RecordedFastWeights
-    _, fast = model(episodes)
-    etas, inputs, signals = zip(*fast.writes)
-    S = len(etas)
-
-    c = torch.zeros(len(etas[0]), 0, 1)  # c_ts (B, S, 1) of the writes so far
-    left = []  # of each step t, with zeros for the writes to come
-    for eta in etas:
-        left.append(F.pad(c[:, :, 0], (0, S - c.size(1))))  # (B, S)
-        c = torch.cat([(1 - eta) * c, eta], dim=1)
-    left.append(c[:, :, 0])
-
-    parts = {}
-    for layer, last in fast.x.items():  # the last step or the queries, which write nothing
-        x = torch.cat([step[layer] for step in inputs], dim=1)  # (B, S, in)
-        u = torch.cat([step[layer] for step in signals], dim=1)  # (B, S, out)
-        reads = torch.cat([x, last], dim=1)  # (B, T, in)
-        match = (reads[:, :, None] * x[:, None]) @ layer.alpha.mT  # (B, T, S, out)
-        shares = torch.stack(left[:S] + left[S:] * last.size(1), dim=1)  # c_ts (B, T, S)
-        parts[layer] = shares[..., None] * u[:, None] * match
-    return parts
-
 def read_map(model, episodes):
-    """Which earlier write each read uses, (T, S): the mean over layers and episodes of the
-    norm that a write adds, each read divided by its largest."""
-    maps = []
-    for part in contributions(model, episodes).values():
-        norms = part.norm(dim=-1)  # (B, T, S)
-        maps.append((norms / norms.amax(2, keepdim=True).clamp(min=1e-12)).mean(0))
-    return torch.stack(maps).mean(0)
+    """Which earlier write each read uses, (T, T): the mean over layers and episodes of the
+    norm that a write adds, each read divided by its largest. The first read has no write."""
+    rows = []
+    for norms in watched_reads(model, episodes):  # of a read: (layers * B, S)
+        row = (norms / norms.amax(1, keepdim=True).clamp(min=1e-12)).mean(0)  # (S)
+        rows.append(F.pad(row, (0, len(model.position) - len(row))))
+    return torch.stack([torch.zeros_like(rows[0]), *rows])
 
 def draw_curves(axes, cells, experiment):
     """Recall by update: a thin line per seed, and a bold line for the mean of a rule."""
@@ -88,7 +51,7 @@ def draw_curves(axes, cells, experiment):
 def draw_map(axes, model, task):
     """The map of reads, with the parts of an episode and the reach of attention."""
     episodes = task.sample("test", 32, random_generator(0, "test"))
-    values = read_map(model.eval(), episodes)  # (T, S)
+    values = read_map(model.eval(), episodes)  # (T, T)
     axes.imshow(values, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     names = task.step_names
     starts = [0] + [t for t in range(1, len(names)) if names[t] != names[t - 1]]
@@ -108,14 +71,53 @@ def draw_map(axes, model, task):
     axes.set(xlabel="write of step", ylabel="read at step", title="Which write each read uses",
              xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
 
-def main(folder):
+def draw_updates(axes, cells, settings, label):
+    """Updates until learned of each seed. A run that never learned is a cross at its cap."""
+    for rule, marker, shift in (("hebbian", "o", -0.1), ("gradient", "^", 0.1)):
+        for i, setting in enumerate(settings.values()):
+            for row in cells[setting.replace("+", rule)]:
+                learned = row["updates"] is not None
+                place = i + shift + 0.03 * (row["seed"] - 2)
+                axes.plot(place, row["updates"] or row["trained"], color=COLORS[rule],
+                          marker=marker if learned else "x", markersize=6 if learned else 9)
+        axes.plot([], [], color=COLORS[rule], marker=marker, linestyle="", label=NAMES[rule])
+    axes.set_xticks(range(len(settings)), settings)
+    axes.set(xlabel=label, yscale="log", xlim=(-0.5, len(settings) - 0.5), ylim=(20, 1400))
+    axes.set_yticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
+    axes.minorticks_off()
+
+def draw_gates(axes, cells, setting, title):
+    """The gate at other pairs and at pairs that count, a line per seed."""
+    for rule, marker, place in (("hebbian", "o", 0), ("gradient", "^", 3)):
+        for row in cells[setting.replace("+", rule)]:
+            for figures, style, start in ((row["untrained"], "dotted", place),
+                                          (row, "solid", place + 1.4)):
+                gates = [figures["gate_noise"], figures["gate_counts"]]
+                axes.plot([start, start + 0.8], gates, color=COLORS[rule], marker=marker,
+                          linestyle=style)
+        axes.text(place + 1.1, 1.03, NAMES[rule], color=COLORS[rule], ha="center")
+    places = [start + x for start in (0, 1.4, 3, 4.4) for x in (0, 0.8)]
+    axes.set_xticks(places, ["other", "counts"] * 4, rotation=45)
+    axes.set(ylim=(0, 1.1), title=title)
+
+def draw(folder):
+    """{file: figure}"""
     from matplotlib.figure import Figure
+    cells = tables.read_cells()
     _, task, model = load_run(Path(folder, "best.pt"))
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw_curves(left, tables.read_cells(), "copy-*-w8")
+    memory = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = memory.subplots(1, 2)
+    draw_curves(left, cells, "copy-*-w8")
     draw_map(right, model, task)
-    return figure
+
+    horizon = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = horizon.subplots(1, 2, sharey=True)
+    draw_updates(left, cells, DELAYS, "blanks between five tokens and their recall")
+    draw_updates(right, cells, LENGTHS, "tokens, and twenty blanks")
+    left.set(ylabel="updates until learned")
+    left.legend()
+    return {"copy-window-8.png": memory, "horizon.png": horizon}
 
 if __name__ == "__main__":
-    main(sys.argv[1]).savefig(HERE / "copy-window-8.png", dpi=110)
+    for name, figure in draw(sys.argv[1]).items():
+        figure.savefig(HERE / name, dpi=110)

@@ -2,12 +2,15 @@
 
 Until learned: each rule trains at its own learning rate. Seed 100, in some settings also
 101, chooses the rate of a rule: the rate that needs the fewest updates, where a try that
-does not learn counts as many as it had. Other seeds then train at this rate. The rate
-decays by a cosine over the most updates that the setting allows, and a run ends once it
-has learned: at the first evaluation, of one per 10 updates, within 5% of perfect.
+does not learn counts as many as it had. With one seed, a try ends where it can no longer
+win. Other seeds then train at this rate. The rate decays by a cosine over the most updates
+that the setting allows, and a run ends once it has learned: at the first evaluation, of one
+per 10 updates, within 5% of perfect. Without a seed that chooses, the first rate is taken.
 
-As in the paper: its sizes, its budget, and writes that pass no gradient. Then the same with
-everything learning. The model of the last update is measured.
+For a fixed number of updates: as in the paper, with its sizes, its budget and writes that
+pass no gradient, and the same with everything learning; static regression for as long as
+the gradient rule takes; images without a pretrained encoder, in about equal time for each
+rule; and images of which two classes share a label.
 
 Tries go to search.jsonl, a line each, and runs to runs.jsonl as eval.py measures them.
 Both files say what is done, so that a stopped program goes on.
@@ -20,11 +23,12 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 import eval as evaluation
+import tables
 import train
 
-RATES = {"copy": (0.008, 0.004, 0.002), "cue": (0.003, 0.006, 0.0015)}
+RATES = {"copy": (0.004, 0.008, 0.002), "cue": (0.003, 0.006, 0.0015)}
 # Setting of both rules: its flags, most updates, number of seeds, seeds that choose a rate.
 UNTIL = {
     "copy-*-w8-until": ("--task copy --window 8", 1000, 5, 2),
@@ -34,18 +38,27 @@ UNTIL = {
     "cue-*-w1-pairs32-until": ("--task cue --window 1 --pairs 32 --cues 64", 1000, 5, 1),
     "copy-*-w8-delay160-until": ("--task copy --window 8 --delay 160", 500, 3, 1),
     "cue-*-w1-pairs64-until": ("--task cue --window 1 --pairs 64 --cues 64", 1000, 3, 1),
-    "copy-*-w8-len40-until": ("--task copy --window 8 --seq-len 40", 500, 3, 1)}
+    "copy-*-w8-len40-until": ("--task copy --window 8 --seq-len 40", 500, 3, 1),
+    "cue-*-w1-noise64-until": ("--task cue --window 1 --noise 64", 2000, 3, 0)}
 PAPER = "--batch-size 1 --lr 0.001 --clip 5 --alpha-init 0.02 --eta0 0.2"
 SMALL = f"{PAPER} --weight-decay 0.0001 --n-layer 2 --d-model 128 --d-ff 256"
 LARGE = f"{PAPER} --weight-decay 0.0005 --d-model 256 --d-ff 512 --pretrain-steps 0 --queries 15"
-# Setting of three rules and three seeds: its flags.
+SCRATCH = "--pretrain-steps 0 --batch-size 4 --eval-interval 200 --steps"
+MERGED = "--task omniglot --ways 10 --merge 2 --queries 2 --pretrain-steps 1000 --steps 500"
+# Setting (* is three rules, + is two): its flags, number of seeds.
 FIXED = {
-    "copy-*-paper": f"--task copy --steps 100 --eval-interval 100 {SMALL}",
-    "cue-*-paper": f"--task cue --steps 400 --eval-interval 400 {SMALL}",
-    "regression-*-paper": "--task regression --steps 750 --eval-interval 750 --queries 10 "
-                          + SMALL,
-    "omniglot-*-paper": f"--task omniglot --shots 5 --steps 500 --eval-interval 500 {LARGE}",
-    "cifarfs-*-paper": f"--task cifarfs --steps 400 --eval-interval 400 {LARGE}"}
+    "copy-*-paper": (f"--task copy --steps 100 --eval-interval 100 {SMALL}", 3),
+    "cue-*-paper": (f"--task cue --steps 400 --eval-interval 400 {SMALL}", 3),
+    "regression-*-paper": ("--task regression --steps 750 --eval-interval 750 --queries 10 "
+                           + SMALL, 3),
+    "omniglot-*-paper": (f"--task omniglot --shots 5 --steps 500 --eval-interval 500 {LARGE}", 3),
+    "cifarfs-*-paper": (f"--task cifarfs --steps 400 --eval-interval 400 {LARGE}", 3),
+    "regression-none-long": ("--task regression --steps 8000", 5),
+    "omniglot-none-scratch": (f"--task omniglot {SCRATCH} 1600", 3),  # about equal minutes
+    "omniglot-hebbian-scratch": (f"--task omniglot {SCRATCH} 1550", 3),
+    "omniglot-gradient-scratch": (f"--task omniglot {SCRATCH} 1350", 3),
+    "merged-*": (MERGED, 3),
+    "merged-+-w1": (f"{MERGED} --window 1", 3)}
 
 class Learned(Exception):
     """A run is within 5% of perfect, or has had as many updates as it may have."""
@@ -102,7 +115,7 @@ def choose(cell, flags, rule, cap, search_seeds, out):
             updates = done[title]["learned"] or done[title]["updates"]
             needed[rate] += updates
             if done[title]["learned"]:
-                most = min(most, 2 * updates)
+                most = min(most, updates if search_seeds == 1 else 2 * updates)
     return min(rates, key=needed.get)
 
 def until(name, rule, out, data_dir):
@@ -114,15 +127,21 @@ def until(name, rule, out, data_dir):
         run(learn, f"{flags} --lr {rate} --seed {seed}", out / f"{cell}-s{seed}", data_dir)
 
 def fixed(name, rule, out, data_dir):
-    for seed in range(3):
-        flags = f"{FIXED[name]} --rule {rule} --seed {seed} --data-dir {data_dir}"
-        folder = out / f"{name.replace('*', rule)}-s{seed}"
-        if rule == "none":
-            run(train_all, flags, folder, data_dir)
-        else:
-            run(train_all, f"{flags} --ablate backward", folder, data_dir)
-            folder = out / f"{name.replace('*', rule)}-learning-s{seed}"
-            run(train_all, flags, folder, data_dir)
+    flags, seeds = FIXED[name]
+    cell = name.replace("*", rule).replace("+", rule)
+    variants = {cell: ""}
+    if name.endswith("paper") and rule != "none":
+        variants = {cell: "--ablate backward", f"{cell}-learning": ""}
+    for seed in range(seeds):
+        for title, more in variants.items():
+            run(train_all, f"{flags} --rule {rule} {more} --seed {seed} --data-dir {data_dir}",
+                out / f"{title}-s{seed}", data_dir)
+
+def rules_of(name):
+    for star, rules in tables.SHORT.items():
+        if star in name:
+            return rules
+    return [name.split("-")[1]]
 
 def train_all(flags, folder):
     shutil.rmtree(folder, ignore_errors=True)
@@ -139,14 +158,15 @@ def run(how, flags, folder, data_dir):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("words", nargs="*", default=[""], help="in the names of settings")
+    parser.add_argument("words", nargs="*", default=[""],
+                        help="in the names of settings, which run in this order")
     parser.add_argument("--data-dir", default="data", help="folder of the images")
     given = parser.parse_args()
     out = HERE.parent / "out" / "runs"
-    jobs = [(fixed, name, rule) for name in FIXED for rule in ("none", "hebbian", "gradient")]
+    jobs = [(fixed, name, rule) for name in FIXED for rule in rules_of(name)]
     jobs += [(until, name, rule) for name in UNTIL for rule in ("hebbian", "gradient")]
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
         pending = [pool.submit(make, name, rule, out, given.data_dir)
-                   for make, name, rule in jobs if any(word in name for word in given.words)]
+                   for word in given.words for make, name, rule in jobs if word in name]
         for job in pending:
             job.result()
