@@ -750,14 +750,18 @@ def test_pretrained_encoder_stays_and_answers_by_prototypes():
     embed = model.eval().embed
     generator = random_generator(0, "test")
     right = []
+    neighbours = []
     for n in (2, 2, 1):
         episodes = task.sample("test", n, generator)
         answers, _ = embed.answer(episodes)  # (n, 75, 5)
         right += (answers.argmax(2) == episodes.target).flatten().tolist()
-        for x, y, query_x, answer in zip(*episodes[:3], answers):
+        for x, y, query_x, target, answer in zip(*episodes, answers):
             shots, queries = [embed.norm(embed.encoder(images)) for images in (x, query_x)]
             means = torch.stack([shots[y == c].mean(0) for c in range(5)])  # (5, F)
             assert_close(answer, 10 * torch.cosine_similarity(queries[:, None], means, 2), "", 1e-4)
+            nearest = torch.cosine_similarity(queries[:, None], shots, 2).argmax(1)  # (75)
+            neighbours += (y[nearest] == target).tolist()
+    assert abs(row["neighbour"] - sum(neighbours) / 375) < 1e-9
     score = sum(right) / len(right)
     assert len(right) == 375 and 0.25 < score < 1 and abs(row["prototype"] - score) < 1e-9
     assert f"  nearest prototype  {row['prototype']:.5f}" in "\n".join(evaluation.report(row))

@@ -1,4 +1,4 @@
-"""Make the runs of this folder that are missing: python results/runs.py [WORDS of names]
+"""Make the runs of this folder that are missing: python results/runs.py [WORDS]
 
 Until learned: each rule trains at its own learning rate. Seed 100, in some settings also
 101, chooses the rate of a rule: the rate that needs the fewest updates, where a try that
@@ -18,9 +18,12 @@ Both files say what is done, so that a stopped program goes on.
 import argparse
 import concurrent.futures
 import json
+import re
 import shutil
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -28,6 +31,8 @@ import eval as evaluation
 import tables
 import train
 
+# The seconds of a run are those of its process, because other programs share the machine.
+train.time = SimpleNamespace(time=time.process_time)
 RATES = {"copy": (0.004, 0.008, 0.002), "cue": (0.003, 0.006, 0.0015)}
 # Setting of both rules: its flags, most updates, number of seeds, seeds that choose a rate.
 UNTIL = {
@@ -39,6 +44,7 @@ UNTIL = {
     "copy-*-w8-delay160-until": ("--task copy --window 8 --delay 160", 500, 3, 1),
     "cue-*-w1-pairs64-until": ("--task cue --window 1 --pairs 64 --cues 64", 1000, 3, 1),
     "copy-*-w8-len40-until": ("--task copy --window 8 --seq-len 40", 500, 3, 1),
+    "cue-*-w1-noise16-until": ("--task cue --window 1 --noise 16", 2000, 3, 0),
     "cue-*-w1-noise64-until": ("--task cue --window 1 --noise 64", 2000, 3, 0)}
 PAPER = "--batch-size 1 --lr 0.001 --clip 5 --alpha-init 0.02 --eta0 0.2"
 SMALL = f"{PAPER} --weight-decay 0.0001 --n-layer 2 --d-model 128 --d-ff 256"
@@ -128,7 +134,7 @@ def until(name, rule, out, data_dir):
 
 def fixed(name, rule, out, data_dir):
     flags, seeds = FIXED[name]
-    cell = name.replace("*", rule).replace("+", rule)
+    cell = re.sub(r"[*+]", rule, name)
     variants = {cell: ""}
     if name.endswith("paper") and rule != "none":
         variants = {cell: "--ablate backward", f"{cell}-learning": ""}
@@ -159,7 +165,7 @@ def run(how, flags, folder, data_dir):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*", default=[""],
-                        help="in the names of settings, which run in this order")
+                        help="in the names of cells, which run in this order")
     parser.add_argument("--data-dir", default="data", help="folder of the images")
     given = parser.parse_args()
     out = HERE.parent / "out" / "runs"
@@ -167,6 +173,7 @@ if __name__ == "__main__":
     jobs += [(until, name, rule) for name in UNTIL for rule in ("hebbian", "gradient")]
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
         pending = [pool.submit(make, name, rule, out, given.data_dir)
-                   for word in given.words for make, name, rule in jobs if word in name]
+                   for word in given.words for make, name, rule in jobs
+                   if word in re.sub(r"[*+]", rule, name)]
         for job in pending:
             job.result()
