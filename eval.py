@@ -5,9 +5,8 @@
     python eval.py out/copy-* --append results/runs.jsonl  # keep what was measured
     python eval.py results/runs.jsonl --only '*-w8-s?'     # report what was kept
 
-Scores come from best.pt. Gates (m_t, eta_t) come from ckpt.pt, the last update.
+Scores come from best.pt. Gates (m_t, eta_t) and reads come from ckpt.pt, the last update.
 """
-import argparse
 import json
 import math
 import os
@@ -37,7 +36,7 @@ class Options:
     threads: int = setting(1, "CPU threads", 1, 1024)
     data_dir: str = setting("data", "folder of the images, downloaded if need be")
 
-READ_EPISODES = 16  # for which write each read uses
+READ_EPISODES = 16  # in which the reads are watched, or fewer if they are long
 
 GATE_FIGURES = {  # means over test episodes and steps
     "gate": "sigmoid(m_t), what the model decides of eta_t",
@@ -56,6 +55,7 @@ def measure(folder, options, device):
     if any(args[key] != best["args"][key] for key in args if key not in CHANGEABLE):
         raise ValueError(f"{folder} has best.pt and ckpt.pt of different runs")
     model.to(device).eval()
+    last_model.to(device).eval()
     print(f"measuring {folder} on {options.episodes} episodes", flush=True)
     if task.kind == "image":  # 15 per class, as in the literature, if there are as many
         task = replace(task, queries=min(15, task.images.size(1) - task.shots))
@@ -82,15 +82,18 @@ def measure(folder, options, device):
         lesioned = test(lambda episodes: model(episodes, write=False))["scores"]
         row["lesion"] = lesioned.mean().item()
         row["lesion_interval"] = interval(lesioned)
-        row.update(gate_figures(last_model, **test(last_model.to(device).eval())))
-        torch.manual_seed(args["seed"])  # as begin(): the model before training
+        row.update(gate_figures(last_model, **test(last_model)))
+        torch.manual_seed(args["seed"])  # gives the weights that train.begin() starts with
         untrained = Transformer(task, last_model.config).to(device).eval()
         if args["pretrain_steps"]:
             untrained.embed.encoder = last_model.embed.encoder
+            untrained.embed.norm = last_model.embed.norm
         figures = gate_figures(untrained, **test(untrained))
         row["untrained"] = {key: figures[key] for key in GATE_FIGURES if key in figures}
-        episodes = task.sample("test", READ_EPISODES, random_generator(options.seed, "test"))
-        row.update(read_figures(task, episodes, watched_reads(model, episodes.to(device))))
+        n = max(1, min(READ_EPISODES, 10_000 // len(task.step_names)))
+        episodes = task.sample("test", n, random_generator(options.seed, "test"))
+        reads = watched_reads(last_model, episodes.to(device))
+        row.update(read_figures(task, episodes, reads))
 
     run = last["run"]
     row.update(seconds=run["seconds"], machine=run["machine"])
@@ -130,17 +133,17 @@ def gate_figures(model, gates, asked_steps=None, **_):
     if asked_steps is None:
         return figures
 
-    # A step may show a pair that counts in some episodes, and noise in others.
-    counts = torch.zeros_like(write, dtype=torch.bool).scatter(1, asked_steps, True)
-    both = counts.any(0) & ~counts.all(0)  # (T)
+    # At one step, some episodes show a pair that is asked for, and others show noise.
+    asked = torch.zeros_like(write, dtype=torch.bool).scatter(1, asked_steps, True)
+    both = asked.any(0) & ~asked.all(0)  # (T)
     if both.any():
         def mean_of(values, chosen):  # (n, T) -> a mean per step with both
             return ((values * chosen).sum(0) / chosen.sum(0))[both]
 
-        ratio = mean_of(write, counts) / mean_of(write, ~counts)
+        ratio = mean_of(write, asked) / mean_of(write, ~asked)
         figures["selectivity"] = ratio.mean().item()
-        figures["gate_counts"] = mean_of(gate, counts).mean().item()
-        figures["gate_noise"] = mean_of(gate, ~counts).mean().item()
+        figures["gate_counts"] = mean_of(gate, asked).mean().item()
+        figures["gate_noise"] = mean_of(gate, ~asked).mean().item()
     return figures
 
 class WatchedFastWeights(UnrolledFastWeights):
@@ -160,13 +163,14 @@ class WatchedFastWeights(UnrolledFastWeights):
         return torch.cat(y, dim=1)
 
     def terms(self, layer, x_t):
-        """c_ts u_s ∘ (alpha (x_s ∘ x_t)) for each earlier write s: (B, S, out)."""
-        return self.c * self.past_u[layer] * ((self.past_x[layer] * x_t) @ layer.alpha.mT)
+        """c_ts u_s ∘ (alpha (x_s ∘ x_t) + beta) for each earlier write s: (B, S, out)."""
+        match = (self.past_x[layer] * x_t) @ layer.alpha.mT + layer.beta
+        return self.c * self.past_u[layer] * match
 
 @torch.no_grad()
 def watched_reads(model, episodes):
-    """For each step after the first, then for each query: how much each of the S earlier
-    writes adds to the read, as a norm (layers * B, S)."""
+    """How much each of the S earlier writes adds to a read, as a norm (layers * B, S): for
+    each step after the first, then for each query."""
     usual = model.fast_weights
     model.fast_weights = WatchedFastWeights
     _, fast = model(episodes)
@@ -176,14 +180,16 @@ def watched_reads(model, episodes):
 def read_figures(task, episodes, reads):
     """Which earlier write adds most to the read of a step, and in what share of layers and
     episodes. With cues: in what share of queries it is the write of the pair asked for."""
-    most = [norms.argmax(1) for norms in reads]  # (layers * B) per read
+    strongest = [norms.argmax(1).where(norms.amax(1) > 0, -1) for norms in reads]  # -1: none
     T = len(task.step_names)
-    steps = [writes.mode().values.item() for writes in most[:T - 1]]
-    shares = [(writes == step).double().mean().item() for writes, step in zip(most, steps)]
-    figures = dict(reads=dict(step=steps, share=shares))  # of steps 1 to T - 1
+    steps = strongest[:T - 1]  # of steps 1 to T - 1, (layers * B) each
+    writes = [step.mode().values.item() for step in steps]  # the most frequent
+    shares = [(step == write).double().mean().item() for step, write in zip(steps, writes)]
+    figures = dict(reads=dict(write=writes, share=shares))
     if hasattr(task, "asked_steps"):
         asked = task.asked_steps(episodes).T[:, None]  # (Q, 1, B)
-        queries = torch.stack(most[T - 1:]).view(len(asked), -1, asked.size(2))
+        queries = torch.stack(strongest[T - 1:])  # (Q, layers * B)
+        queries = queries.view(len(asked), -1, asked.size(2))  # (Q, layers, B)
         figures["reads_asked"] = (queries == asked).double().mean().item()
     return figures
 
@@ -212,8 +218,10 @@ def report_steps(row):
     """For each step what it writes, and which earlier write adds most to its read, in how
     many percent of layers and episodes."""
     gates = row["gates"]
-    reads = row.get("reads", dict(step=[], share=[]))  # Old rows have none.
-    uses = ["-"] + [f"{row['steps'][s]} {s}, {share:.0%}" for s, share in zip(*reads.values())]
+    uses = ["-"]
+    reads = row.get("reads", dict(write=[], share=[]))  # Old rows have none.
+    for write, share in zip(reads["write"], reads["share"]):
+        uses.append(f"{row['steps'][write]} {write}, {share:.0%}" if write >= 0 else "-")
     largest = max(*gates["write"], 1e-12)
     yield f"  {'step':14} {'eta':>8} {'norm':>9} {'write':>8}   reads most"
     for t, name in enumerate(row["steps"]):
@@ -251,7 +259,8 @@ def read_rows(path):
 
 def append_row(path, row):
     """Add a line to a file. Scores keep all digits, other fractions only four."""
-    scores = {key: row[key] for key in ("score", "lesion", "prototype") if key in row}
+    scores = {key: row[key] for key in ("score", "lesion", "prototype", "neighbour")
+              if key in row}
     short = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.4g}"))
     short["curve"]["val_metric"] = row["curve"]["val_metric"]
     size = path.stat().st_size

@@ -969,11 +969,9 @@ def test_which_write_each_read_uses():
     for task, rule in product((Copy(3, 2, 5), Cue(4, 6)), PLASTIC):
         model = small_model(task, rule, FastWeights)
         episodes = draw(task, 2)
-        for layer in model.plastic_layers():
-            torch.nn.init.zeros_(layer.beta)  # p_t is no product with x_t.
         with intercepted(FastWeights, "read") as reads, torch.no_grad():
             answers, _ = model(episodes)
-        fast = defaultdict(list)  # layer: P_t x_t (B, 1, out) of each step, then of each query
+        fast = defaultdict(list)  # layer: P_t x_t + p_t (B, 1, out) of each step, then query
         for read in reads:
             _, layer, x = read.args
             fast[layer] += (read.result - layer(x)).split(1, dim=1)
@@ -1001,16 +999,18 @@ def test_reads_in_words():
     with mock.patch.object(Cue, "asked_steps", lambda *_: torch.tensor([[0, 1]] * 2)):
         row = evaluation.read_figures(task, episodes, reads)
     # In both episodes the first query asks for the write 0, and the second for the write 1.
-    assert row == dict(reads=dict(step=[0], share=[1.0]), reads_asked=6 / 8)
+    assert row == dict(reads=dict(write=[0], share=[1.0]), reads_asked=6 / 8)
     copy = [torch.tensor(norms) for norms in ([[1.0]] * 4, [[1.0, 2], [2, 1], [2, 1], [2, 1]])]
-    row = evaluation.read_figures(Copy(2, 0), None, copy)
-    assert row == dict(reads=dict(step=[0, 0], share=[1.0, 0.75]))
+    nothing = torch.zeros(4, 3)
+    row = evaluation.read_figures(Copy(2, 0), None, copy + [nothing])
+    assert row == dict(reads=dict(write=[0, 0, -1], share=[1.0, 0.75, 1.0]))
     gates = dict(eta=[0.1] * 4, norm=[1.0] * 4, write=[0.1, 0.2, 0.1, 0.1])
     row |= dict(steps="item item delimiter recall recall".split(), gates=gates)
     lines = [*evaluation.report_steps(row)]
     assert [line.split()[5:7] for line in lines[2:4]] == [["item", "0,"]] * 2
     assert lines[3].split()[7] == "75%" and lines[2].endswith("#" * 30)
-    assert lines[5].split() == "4 recall - - - -".split() and len(lines) == 6
+    assert lines[4].split()[5:] == ["-", "#" * 15] and len(lines) == 6
+    assert lines[5].split() == "4 recall - - - -".split()
 
 # ------ 5. Bad input ------
 def test_bad_arguments():

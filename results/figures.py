@@ -45,6 +45,8 @@ def draw_curves(axes, cells, experiment):
         above = {"none": 0.02, "hebbian": 0.0, "gradient": -0.06}[rule]
         axes.text(steps[-1] + 2, means[-1] + above, NAMES[rule], color=color)
     axes.axhline(rows[0]["chance"], color="gray", linestyle="dashed", linewidth=1)
+    axes.text(steps[-1] + 2, rows[0]["chance"] - 0.06, "guessing", color="gray")
+    axes.set_xticks(range(0, steps[-1] + 1, 20))
     axes.set(xlabel="update", ylabel="recall in validation", xlim=(0, 1.25 * steps[-1]),
              title="Copying with attention to 8 steps")
 
@@ -68,7 +70,7 @@ def draw_map(axes, model, task):
     axes.plot([-0.5, len(names) - 1.5 - reach + 0.5], ends, color="C0", linestyle="dashed")
     axes.text(len(names) - 1, 1, "left of the dashed line:\nbeyond the reach of attention",
               color="C0", ha="right", va="top")
-    axes.set(xlabel="write of step", ylabel="read at step", title="Which write each read uses",
+    axes.set(xlabel="write of step", ylabel="read at step", title=f"Which write each read uses ({NAMES[model.config.rule]})",
              xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
 
 def draw_updates(axes, cells, settings, label):
