@@ -70,7 +70,8 @@ def draw_map(axes, model, task):
     axes.plot([-0.5, len(names) - 1.5 - reach + 0.5], ends, color="C0", linestyle="dashed")
     axes.text(len(names) - 1, 1, "left of the dashed line:\nbeyond the reach of attention",
               color="C0", ha="right", va="top")
-    axes.set(xlabel="write of step", ylabel="read at step", title=f"Which write each read uses ({NAMES[model.config.rule]})",
+    axes.set(xlabel="write of step", ylabel="read at step",
+             title=f"Which write each read uses ({NAMES[model.config.rule]})",
              xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
 
 def draw_updates(axes, cells, settings, label):
@@ -88,19 +89,25 @@ def draw_updates(axes, cells, settings, label):
     axes.set_yticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
     axes.minorticks_off()
 
-def draw_gates(axes, cells, setting, title):
-    """The gate at other pairs and at pairs that count, a line per seed."""
-    for rule, marker, place in (("hebbian", "o", 0), ("gradient", "^", 3)):
-        for row in cells[setting.replace("+", rule)]:
-            for figures, style, start in ((row["untrained"], "dotted", place),
-                                          (row, "solid", place + 1.4)):
+def draw_gates(axes, cells, setting):
+    """The gate at other pairs and at pairs that count, before and after training: a line
+    per seed."""
+    places = []
+    labels = []
+    for rule, marker in (("hebbian", "o"), ("gradient", "^")):
+        for name, line in (("untrained", "dotted"), ("learned", "solid")):
+            start = 1.3 * len(places)
+            for row in cells[setting.replace("+", rule)]:
+                figures = row["untrained"] if name == "untrained" else row
                 gates = [figures["gate_noise"], figures["gate_counts"]]
-                axes.plot([start, start + 0.8], gates, color=COLORS[rule], marker=marker,
-                          linestyle=style)
-        axes.text(place + 1.1, 1.03, NAMES[rule], color=COLORS[rule], ha="center")
-    places = [start + x for start in (0, 1.4, 3, 4.4) for x in (0, 0.8)]
-    axes.set_xticks(places, ["other", "counts"] * 4, rotation=45)
-    axes.set(ylim=(0, 1.1), title=title)
+                axes.plot([start, start + 1], gates, color=COLORS[rule], marker=marker,
+                          linestyle=line)
+            places += [start, start + 1]
+            labels += ["other", "counts"]
+            axes.text(start + 0.5, 1.05, f"{NAMES[rule]}, {name}", ha="center",
+                      color=COLORS[rule])
+    axes.set_xticks(places, labels)
+    axes.set(ylabel="gate sigmoid(m_t)", xlim=(-0.6, places[-1] + 0.6), ylim=(-0.03, 1.15))
 
 def draw(folder):
     """{file: figure}"""
@@ -118,7 +125,11 @@ def draw(folder):
     draw_updates(right, cells, LENGTHS, "tokens, and twenty blanks")
     left.set(ylabel="updates until learned")
     left.legend()
-    return {"copy-window-8.png": memory, "horizon.png": horizon}
+
+    salience = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = salience.subplots()
+    draw_gates(axes, cells, "cue-+-w1-noise16-until")
+    return {"copy-window-8.png": memory, "horizon.png": horizon, "salience.png": salience}
 
 if __name__ == "__main__":
     for name, figure in draw(sys.argv[1]).items():

@@ -60,9 +60,9 @@ FIXED = {
     "omniglot-*-paper": (f"--task omniglot --shots 5 --steps 500 --eval-interval 500 {LARGE}", 3),
     "cifarfs-*-paper": (f"--task cifarfs --steps 400 --eval-interval 400 {LARGE}", 3),
     "regression-none-long": ("--task regression --steps 8000", 5),
-    "omniglot-none-scratch": (f"--task omniglot {SCRATCH} 1600", 3),  # about equal minutes
-    "omniglot-hebbian-scratch": (f"--task omniglot {SCRATCH} 1550", 3),
-    "omniglot-gradient-scratch": (f"--task omniglot {SCRATCH} 1350", 3),
+    "omniglot-none-scratch": (f"--task omniglot {SCRATCH} 1000", 3),  # about equal minutes
+    "omniglot-hebbian-scratch": (f"--task omniglot {SCRATCH} 970", 3),
+    "omniglot-gradient-scratch": (f"--task omniglot {SCRATCH} 850", 3),
     "merged-*": (MERGED, 3),
     "merged-+-w1": (f"{MERGED} --window 1", 3)}
 
