@@ -1363,10 +1363,13 @@ def test_learned_is_the_first_evaluation_within_5_percent():
     for metric, chance in {"accuracy": 0.125, "mse": 4}.items():
         curve = {"step": [-10, 10, 20, 30, 40], "val_metric": scores[metric]}  # -10: pretraining
         row = dict(name="a", task="copy", flags="--task copy --seed 0", metric=metric,
-                   chance=chance, curve=curve, seconds=120, untrained={"gate": 0.4})
-        figures = dict(updates=20, trained=40, pace=3, total=2, rate=TASKS["copy"][1]["lr"])
+                   chance=chance, curve=curve, seconds=120, untrained={"gate": 0.4},
+                   gates={"gate": [0.7, 0.5, 0.2]}, steps="item item blank recall".split())
+        figures = dict(updates=20, trained=40, pace=3, total=2, rate=TASKS["copy"][1]["lr"],
+                       gate_items=0.6, gate_blanks=0.2)
         assert {**row, **figures, "gate_before": 0.4} == tables.complete(row)
-    assert tables.complete(row | {"flags": "--lr 0.5 --seed 0"})["rate"] == 0.5
+    other = tables.complete(row | {"flags": "--lr 0.5 --seed 0", "gates": {}})
+    assert (other["rate"], other["gate_items"]) == (0.5, None)
     assert tables.RATES == {task: TASKS[task][1]["lr"] for task in tables.RATES}
 
 def test_tables_and_numbers_are_filled_in():

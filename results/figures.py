@@ -19,7 +19,7 @@ from tasks import random_generator
 from train import load_run
 
 NAMES = {"none": "static", "hebbian": "Hebbian", "gradient": "gradient"}
-DELAYS = {"20": "copy-+-w8-until"}
+DELAYS = {"20": "copy-+-w8-until", "80": "copy-+-w8-delay80-until"}
 LENGTHS = {"5": "copy-+-w8-until", "10": "copy-+-w8-len10-until"}
 COLORS = {"none": "gray", "hebbian": "C0", "gradient": "C1"}
 
@@ -48,7 +48,7 @@ def draw_curves(axes, cells, experiment):
     axes.text(steps[-1] + 2, rows[0]["chance"] - 0.06, "guessing", color="gray")
     axes.set_xticks(range(0, steps[-1] + 1, 20))
     axes.set(xlabel="update", ylabel="recall in validation", xlim=(0, 1.25 * steps[-1]),
-             title="Copying with attention to 8 steps")
+             ylim=(0, 1.05), title="Copying with attention to 8 steps")
 
 def draw_map(axes, model, task):
     """The map of reads, with the parts of an episode and the reach of attention."""

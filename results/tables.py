@@ -58,6 +58,10 @@ def complete(row):
                  rate=float(rate[1]) if rate else RATES.get(row["task"], 0.001))
     for key, value in row.get("untrained", {}).items():  # gates before training
         facts[f"{key}_before"] = value
+    gates = list(zip(row.get("gates", {}).get("gate", []), row.get("steps", [])))
+    for name in ("item", "blank"):  # of copying
+        values = [gate for gate, step in gates if step == name]
+        facts[f"gate_{name}s"] = fmean(values) if values else None
     return {**row, **facts}
 
 def fill(text, cells):
