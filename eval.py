@@ -73,11 +73,7 @@ def measure(folder, options, device):
                loss=result["losses"].mean().item(), score=scores.mean().item(),
                interval=interval(scores), steps=task.step_names)
     if task.kind == "image":
-        row["prototype"] = test(model.embed.answer)["scores"].mean().item()
-        if len(task.step_names) > task.n_out:  # With one image per label, both are the same.
-            def nearest(episodes):
-                return nearest_neighbour(model.embed.features(episodes), episodes), None
-            row["neighbour"] = test(nearest)["scores"].mean().item()
+        row.update(encoder_figures(model, task, test))
     if args["rule"] != "none":
         lesioned = test(lambda episodes: model(episodes, write=False))["scores"]
         row["lesion"] = lesioned.mean().item()
@@ -100,6 +96,15 @@ def measure(folder, options, device):
     row["curve"] = {key: [line[key] for line in run["log"]]
                     for key in ("step", "train_loss", "val_loss", "val_metric")}
     return row, list(show(model, task, "test", device))
+
+def encoder_figures(model, task, test):
+    """The scores of the encoder alone, by the nearest prototype and the nearest image."""
+    figures = dict(prototype=test(model.embed.answer)["scores"].mean().item())
+    if len(task.step_names) > task.n_out:  # With one image per label, both are the same.
+        def nearest(episodes):
+            return nearest_neighbour(model.embed.features(episodes), episodes), None
+        figures["neighbour"] = test(nearest)["scores"].mean().item()
+    return figures
 
 def flags_of(args):
     """The settings of a run that differ from the defaults, as flags."""
