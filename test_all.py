@@ -743,7 +743,7 @@ def test_pretrained_encoder_stays_and_answers_by_prototypes():
         return run, [value for name, value in state["model"].items() if "embed.encoder" in name]
     for flags, stays in ("--pretrain-steps 0", False), ("", True):
         run, static = encoder(f"none --steps 1 --shots 2 {flags}", stays)
-        _, plastic = encoder(f"hebbian --steps 3 {flags}", stays)
+        plastic_run, plastic = encoder(f"hebbian --steps 3 {flags}", stays)
         assert {torch.equal(*pair) for pair in zip(static, plastic, strict=True)} == {stays}
     row, _ = measured(run, episodes=5, batch_size=2, data_dir=fake_packs())
     _, task, model = train.load_run(run / "best.pt", dict(queries=15, data_dir=fake_packs()))
@@ -762,6 +762,20 @@ def test_pretrained_encoder_stays_and_answers_by_prototypes():
             nearest = torch.cosine_similarity(queries[:, None], shots, 2).argmax(1)  # (75)
             neighbours += (y[nearest] == target).tolist()
     assert abs(row["neighbour"] - sum(neighbours) / 375) < 1e-9
+    file = new_folder() / "rows.jsonl"
+    file.touch()
+    evaluation.append_row(file, row)
+    assert json.loads(file.read_text())["neighbour"] == row["neighbour"], "scores keep all digits"
+    plastic_row, _ = measured(plastic_run, episodes=2, batch_size=2, data_dir=fake_packs())
+    _, task, last = train.load_run(plastic_run / "ckpt.pt", dict(queries=15, data_dir=fake_packs()))
+    torch.manual_seed(0)
+    untrained = Transformer(task, last.config).eval()
+    untrained.embed.encoder = last.eval().embed.encoder
+    untrained.embed.norm = last.embed.norm
+    with torch.no_grad():
+        _, fast = untrained(task.sample("test", 2, random_generator(0, "test")))
+    persistence = torch.cat(fast.eta, dim=1).mean() / last.config.eta0
+    assert abs(plastic_row["untrained"]["persistence"] / persistence - 1) < 1e-6
     score = sum(right) / len(right)
     assert len(right) == 375 and 0.25 < score < 1 and abs(row["prototype"] - score) < 1e-9
     assert f"  nearest prototype  {row['prototype']:.5f}" in "\n".join(evaluation.report(row))
