@@ -19,7 +19,8 @@ from tasks import random_generator
 from train import load_run
 
 NAMES = {"none": "static", "hebbian": "Hebbian", "gradient": "gradient"}
-DELAYS = {"20": "copy-+-w8-until", "80": "copy-+-w8-delay80-until"}
+DELAYS = {"20": "copy-+-w8-until", "80": "copy-+-w8-delay80-until",
+          "160": "copy-+-w8-delay160-until"}
 LENGTHS = {"5": "copy-+-w8-until", "10": "copy-+-w8-len10-until"}
 COLORS = {"none": "gray", "hebbian": "C0", "gradient": "C1"}
 

@@ -7,10 +7,11 @@ win. Other seeds then train at this rate. The rate decays by a cosine over the m
 that the setting allows, and a run ends once it has learned: at the first evaluation, of one
 per 10 updates, within 5% of perfect. Without a seed that chooses, the first rate is taken.
 
-For a fixed number of updates: as in the paper, with its sizes, its budget and writes that
-pass no gradient, and the same with everything learning; static regression for as long as
-the gradient rule takes; images without a pretrained encoder, in about equal time for each
-rule; and images of which two classes share a label.
+For a fixed number of updates: regression, each rule at the learning rate whose error on
+seed 100 is smallest; as in the paper, with its sizes, its budget and writes that pass no
+gradient, and the same with everything learning; static regression for as long as the
+gradient rule takes; images without a pretrained encoder, in about equal time for each rule;
+and images of which two classes share a label.
 
 Tries go to search.jsonl, a line each, and runs to runs.jsonl as eval.py measures them.
 Both files say what is done, so that a stopped program goes on.
@@ -33,7 +34,8 @@ import train
 
 # The seconds of a run are those of its process, because other programs share the machine.
 train.time = SimpleNamespace(time=time.process_time)
-RATES = {"copy": (0.004, 0.008, 0.002), "cue": (0.003, 0.006, 0.0015)}
+RATES = {"copy": (0.004, 0.008, 0.002), "cue": (0.003, 0.006, 0.0015),
+         "regression": (0.002, 0.004, 0.001), "copy-*-w8-delay160-until": (0.004, 0.008)}
 # Setting of both rules: its flags, most updates, number of seeds, seeds that choose a rate.
 UNTIL = {
     "copy-*-w8-until": ("--task copy --window 8", 1000, 5, 2),
@@ -46,6 +48,8 @@ UNTIL = {
     "copy-*-w8-len40-until": ("--task copy --window 8 --seq-len 40", 500, 3, 1),
     "cue-*-w1-noise16-until": ("--task cue --window 1 --noise 16", 2000, 3, 0),
     "cue-*-w1-noise64-until": ("--task cue --window 1 --noise 64", 2000, 3, 0)}
+TUNED = {"regression-*": ("--task regression", 5),
+         "regression-+-w1": ("--task regression --window 1", 5)}
 PAPER = "--batch-size 1 --lr 0.001 --clip 5 --alpha-init 0.02 --eta0 0.2"
 SMALL = f"{PAPER} --weight-decay 0.0001 --n-layer 2 --d-model 128 --d-ff 256"
 LARGE = f"{PAPER} --weight-decay 0.0005 --d-model 256 --d-ff 512 --pretrain-steps 0 --queries 15"
@@ -63,6 +67,9 @@ FIXED = {
     "omniglot-none-scratch": (f"--task omniglot {SCRATCH} 1000", 3),  # about equal minutes
     "omniglot-hebbian-scratch": (f"--task omniglot {SCRATCH} 970", 3),
     "omniglot-gradient-scratch": (f"--task omniglot {SCRATCH} 850", 3),
+    "cifarfs-none-scratch": (f"--task cifarfs {SCRATCH} 2000", 3),
+    "cifarfs-hebbian-scratch": (f"--task cifarfs {SCRATCH} 1940", 3),
+    "cifarfs-gradient-scratch": (f"--task cifarfs {SCRATCH} 1700", 3),
     "merged-*": (MERGED, 3),
     "merged-+-w1": (f"{MERGED} --window 1", 3)}
 
@@ -97,40 +104,57 @@ def rows_of(path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return {row["name"]: row for row in rows}
 
-def choose(cell, flags, rule, cap, search_seeds, out):
-    """The learning rate of a cell, after the tries that are not in search.jsonl yet."""
-    rates = RATES[cell.split("-")[0]]
+def choose(cell, flags, rule, rates, cap, search_seeds, out):
+    """The learning rate of a cell that needs the fewest updates."""
     needed = dict.fromkeys(rates, 0)
     for seed in range(100, 100 + search_seeds):
         most = cap
         for rate in rates:
-            title = f"search-{cell}-lr{rate}-seed{seed}"
-            done = rows_of(HERE / "search.jsonl")
-            if title not in done:
-                argv = f"{flags} --lr {rate} --seed {seed}"
-                learned, updates = learn(argv, out / title, most)
-                lines = (out / title / "metrics.jsonl").read_text().splitlines()
-                log = [json.loads(line) for line in lines]
-                done[title] = dict(
-                    name=title, part="until", cell=cell, rule=rule, metric=log[0]["metric"],
-                    lr=rate, seed=seed, flags=argv, learned=learned, updates=updates,
-                    seconds=round(log[-1]["seconds"]),
-                    validation=[[line["step"], round(line["val_metric"], 4)] for line in log])
-                with open(HERE / "search.jsonl", "a") as file:
-                    file.write(json.dumps(done[title]) + "\n")
-            updates = done[title]["learned"] or done[title]["updates"]
+            row = attempt(cell, f"{flags} --lr {rate} --seed {seed}", rule, out, learn, most)
+            updates = row["learned"] or row["updates"]
             needed[rate] += updates
-            if done[title]["learned"]:
+            if row["learned"]:
                 most = min(most, updates if search_seeds == 1 else 2 * updates)
     return min(rates, key=needed.get)
+
+def attempt(cell, flags, rule, out, how, *limits):
+    """A try of a learning rate as its row of search.jsonl, which is made if need be."""
+    args = train.parse_args(flags.split())
+    title = f"search-{cell}-lr{args.lr}-seed{args.seed}"
+    done = rows_of(HERE / "search.jsonl")
+    if title not in done:
+        learned, updates = how(flags, out / title, *limits)
+        lines = (out / title / "metrics.jsonl").read_text().splitlines()
+        log = [json.loads(line) for line in lines]
+        done[title] = dict(
+            name=title, part="until", cell=cell, rule=rule, metric=log[0]["metric"],
+            lr=args.lr, seed=args.seed, flags=flags, learned=learned, updates=updates,
+            seconds=round(log[-1]["seconds"]),
+            validation=[[line["step"], round(line["val_metric"], 4)] for line in log])
+        with open(HERE / "search.jsonl", "a") as file:
+            file.write(json.dumps(done[title]) + "\n")
+    return done[title]
 
 def until(name, rule, out, data_dir):
     flags, cap, seeds, search_seeds = UNTIL[name]
     cell = name.replace("*", rule)
     flags = f"{flags} --rule {rule} --steps {cap} --eval-interval 10"
-    rate = choose(cell, flags, rule, cap, search_seeds, out)
+    rates = RATES.get(name) or RATES[name.split("-")[0]]
+    rate = choose(cell, flags, rule, rates, cap, search_seeds, out)
     for seed in range(seeds):
         run(learn, f"{flags} --lr {rate} --seed {seed}", out / f"{cell}-s{seed}", data_dir)
+
+def tuned(name, rule, out, data_dir):
+    flags, seeds = TUNED[name]
+    cell = re.sub(r"[*+]", rule, name)
+    flags = f"{flags} --rule {rule}"
+    errors = {}
+    for rate in RATES["regression"]:
+        row = attempt(cell, f"{flags} --lr {rate} --seed 100", rule, out, train_all)
+        errors[rate] = min(error for _, error in row["validation"])
+    rate = min(errors, key=errors.get)
+    for seed in range(seeds):
+        run(train_all, f"{flags} --lr {rate} --seed {seed}", out / f"{cell}-s{seed}", data_dir)
 
 def fixed(name, rule, out, data_dir):
     flags, seeds = FIXED[name]
@@ -138,8 +162,8 @@ def fixed(name, rule, out, data_dir):
     variants = {cell: ""}
     if name.endswith("paper") and rule != "none":
         variants = {cell: "--ablate backward", f"{cell}-learning": ""}
-    for seed in range(seeds):
-        for title, more in variants.items():
+    for title, more in variants.items():
+        for seed in range(seeds):
             run(train_all, f"{flags} --rule {rule} {more} --seed {seed} --data-dir {data_dir}",
                 out / f"{title}-s{seed}", data_dir)
 
@@ -150,8 +174,10 @@ def rules_of(name):
     return [name.split("-")[1]]
 
 def train_all(flags, folder):
+    """Train for all updates -> None in place of the update that learned, and their number."""
     shutil.rmtree(folder, ignore_errors=True)
     train.main([*flags.split(), "--out-dir", str(folder)])
+    return None, train.parse_args(flags.split()).steps
 
 def run(how, flags, folder, data_dir):
     """Train and measure, unless runs.jsonl has a run of this name and these flags."""
@@ -170,6 +196,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     out = HERE.parent / "out" / "runs"
     jobs = [(fixed, name, rule) for name in FIXED for rule in rules_of(name)]
+    jobs += [(tuned, name, rule) for name in TUNED for rule in rules_of(name)]
     jobs += [(until, name, rule) for name in UNTIL for rule in ("hebbian", "gradient")]
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
         pending = [pool.submit(make, name, rule, out, given.data_dir)
