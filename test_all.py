@@ -1392,13 +1392,15 @@ def test_tables_and_numbers_are_filled_in():
     head = "<!-- table score lesion -->\n| x | y | H | L | G | L |\n| - | - | - | - | - | - |\n"
     rows = ("| words: of | 1 <!-- a-+-b --> | 0.600 | 0.200 | 0.800 ± 0.100 | 0.300 |\n"
             "| one | 2 <!-- a-none-b@pace -@x a-hebbian-b --> | 6 | - | 0.600 | 0.200 |\n")
-    star = "<!-- table score -->\n| x | s | H | G |\n| - | - | - | - |\n| w <!-- a-*-b --> |\n"
+    star = ("<!-- table score -->\n| x | s | H | G |\n| - | - | - | - |\n"
+            "| typed | 1 | 2 | 3 |\n| w <!-- a-*-b --> |\n")
     compare = ("<!-- compare score -->\n| x | n | d | p | f | h |\n| - | - | - | - | - | - |\n"
                "| w <!-- a-none-b a-gradient-b --> |\n")
     numbers = ("It has <!-- a-none-b score -->0.700. Lesioned: <!-- a-hebbian-b lesion -->0.200, "
                "(<!-- a-gradient-b score -->0.800), <!-- a-none-b a-gradient-b score -->+0.100;\n")
     filled = tables.fill(f"{head}{rows}\n{star}\n{compare}\n{numbers}", cells)
     assert f"{head}{rows}\n" in filled and numbers in filled
+    assert "| typed | 1 | 2 | 3 |\n" in filled
     assert "| w <!-- a-*-b --> | 0.700 ± 0.100 | 0.600 | 0.800 ± 0.100 |\n" in filled
     assert "b --> | 3 | +0.100 (+0.100 to +0.100) | - | 0.25 | - |\n" in filled
     for old, new in (("0.200 |", "9 |"), ("0.700.", "?."), ("0.800)", ")"), ("+0.100;", "-1;")):

@@ -7,6 +7,7 @@ all seeds of one setting, such as copy-none-w8. Comments on a page say what stan
                                   cells that they name: | copying <!-- copy-none-w8 --> |
                                   copy-*-w8 is short for three rules, copy-+-w8 for two, and
                                   copy-none-w8@gate has a figure of its own.
+                                  A row that names no cell stays as it is.
     <!-- compare score -->        The rows below show how the second cell that they name
                                   differs from the first. Holm's p counts all rows.
     <!-- CELL FIGURE -->          The number behind the comment is this figure of the cell.
@@ -68,10 +69,12 @@ def fill(text, cells):
     """A page with all its tables and numbers anew."""
     def new_table(match):
         head, kind, keys, lines = match.groups()
-        rows = [ROW.match(line).groups() for line in lines.splitlines()]
+        lines = lines.splitlines()
+        rows = [(i, *ROW.match(line).groups()) for i, line in enumerate(lines) if "<!--" in line]
         make = table if kind == "table" else compare
-        texts = make(keys.split(), [names.split() for _, names in rows], cells)
-        lines = [" | ".join([words, *row]) + " |" for (words, _), row in zip(rows, texts)]
+        texts = make(keys.split(), [names.split() for _, _, names in rows], cells)
+        for (i, words, _), row in zip(rows, texts):
+            lines[i] = " | ".join([words, *row]) + " |"
         if any(line.count("|") != head.split("\n")[1].count("|") for line in lines):
             raise ValueError(f"a row has not as many columns as its head: {head}")
         return head + "".join(line + "\n" for line in lines)
