@@ -34,9 +34,10 @@ import train
 
 # The seconds of a run are those of its process, because other programs share the machine.
 train.time = SimpleNamespace(time=time.process_time)
+# The learning rates that are tried, for a task or for one setting.
 RATES = {"copy": (0.004, 0.008, 0.002), "cue": (0.003, 0.006, 0.0015),
          "regression": (0.002, 0.004, 0.001), "copy-*-w8-delay160-until": (0.004, 0.008)}
-# Setting of both rules: its flags, most updates, number of seeds, seeds that choose a rate.
+# Setting (here * is two rules): its flags, most updates, number of seeds, seeds that choose a rate.
 UNTIL = {
     "copy-*-w8-until": ("--task copy --window 8", 1000, 5, 2),
     "copy-*-w8-len10-until": ("--task copy --window 8 --seq-len 10", 1000, 5, 2),
@@ -48,6 +49,7 @@ UNTIL = {
     "copy-*-w8-len40-until": ("--task copy --window 8 --seq-len 40", 500, 3, 1),
     "cue-*-w1-noise16-until": ("--task cue --window 1 --noise 16", 2000, 3, 0),
     "cue-*-w1-noise64-until": ("--task cue --window 1 --noise 64", 2000, 3, 0)}
+# Setting (* is three rules, + is two): its flags, number of seeds.
 TUNED = {"regression-*": ("--task regression", 5),
          "regression-+-w1": ("--task regression --window 1", 5)}
 PAPER = "--batch-size 1 --lr 0.001 --clip 5 --alpha-init 0.02 --eta0 0.2"
@@ -55,7 +57,6 @@ SMALL = f"{PAPER} --weight-decay 0.0001 --n-layer 2 --d-model 128 --d-ff 256"
 LARGE = f"{PAPER} --weight-decay 0.0005 --d-model 256 --d-ff 512 --pretrain-steps 0 --queries 15"
 SCRATCH = "--pretrain-steps 0 --batch-size 4 --eval-interval 200 --steps"
 MERGED = "--task omniglot --ways 10 --merge 2 --queries 2 --pretrain-steps 1000 --steps 500"
-# Setting (* is three rules, + is two): its flags, number of seeds.
 FIXED = {
     "copy-*-paper": (f"--task copy --steps 100 --eval-interval 100 {SMALL}", 3),
     "cue-*-paper": (f"--task cue --steps 400 --eval-interval 400 {SMALL}", 3),
@@ -73,7 +74,7 @@ FIXED = {
     "merged-*": (MERGED, 3),
     "merged-+-w1": (f"{MERGED} --window 1", 3)}
 
-class Learned(Exception):
+class Ended(Exception):
     """A run is within 5% of perfect, or has had as many updates as it may have."""
 
 def learn(flags, folder, most=None):
@@ -85,16 +86,16 @@ def learn(flags, folder, most=None):
         task = train.make_task(vars(args))
         score = run["log"][-1]["val_metric"] if run["log"] else task.chance
         if abs(score - task.perfect) <= abs(task.chance - task.perfect) / 20 + 1e-9:
-            raise Learned(run["step"], run["step"])
+            raise Ended(run["step"], run["step"])
         if run["step"] == most:
-            raise Learned(None, run["step"])
+            raise Ended(None, run["step"])
 
     train.save_checkpoint = save_and_stop
     shutil.rmtree(folder, ignore_errors=True)
     args = train.parse_args([*flags.split(), "--out-dir", str(folder)])
     try:
         train.begin(args)
-    except Learned as end:
+    except Ended as end:
         return end.args
     finally:
         train.save_checkpoint = save_checkpoint
@@ -117,13 +118,13 @@ def choose(cell, flags, rule, rates, cap, search_seeds, out):
                 most = min(most, updates if search_seeds == 1 else 2 * updates)
     return min(rates, key=needed.get)
 
-def attempt(cell, flags, rule, out, how, *limits):
+def attempt(cell, flags, rule, out, trainer, *limits):
     """A try of a learning rate as its row of search.jsonl, which is made if need be."""
     args = train.parse_args(flags.split())
     title = f"search-{cell}-lr{args.lr}-seed{args.seed}"
     done = rows_of(HERE / "search.jsonl")
     if title not in done:
-        learned, updates = how(flags, out / title, *limits)
+        learned, updates = trainer(flags, out / title, *limits)
         lines = (out / title / "metrics.jsonl").read_text().splitlines()
         log = [json.loads(line) for line in lines]
         done[title] = dict(
@@ -136,6 +137,7 @@ def attempt(cell, flags, rule, out, how, *limits):
     return done[title]
 
 def until(name, rule, out, data_dir):
+    """The runs of a setting that end once learned, at the rate that learns soonest."""
     flags, cap, seeds, search_seeds = UNTIL[name]
     cell = name.replace("*", rule)
     flags = f"{flags} --rule {rule} --steps {cap} --eval-interval 10"
@@ -145,6 +147,7 @@ def until(name, rule, out, data_dir):
         run(learn, f"{flags} --lr {rate} --seed {seed}", out / f"{cell}-s{seed}", data_dir)
 
 def tuned(name, rule, out, data_dir):
+    """The runs of a setting at the learning rate with the smallest error of seed 100."""
     flags, seeds = TUNED[name]
     cell = re.sub(r"[*+]", rule, name)
     flags = f"{flags} --rule {rule}"
@@ -157,6 +160,7 @@ def tuned(name, rule, out, data_dir):
         run(train_all, f"{flags} --lr {rate} --seed {seed}", out / f"{cell}-s{seed}", data_dir)
 
 def fixed(name, rule, out, data_dir):
+    """The runs of a setting for a fixed number of updates."""
     flags, seeds = FIXED[name]
     cell = re.sub(r"[*+]", rule, name)
     variants = {cell: ""}
@@ -179,12 +183,12 @@ def train_all(flags, folder):
     train.main([*flags.split(), "--out-dir", str(folder)])
     return None, train.parse_args(flags.split()).steps
 
-def run(how, flags, folder, data_dir):
+def run(trainer, flags, folder, data_dir):
     """Train and measure, unless runs.jsonl has a run of this name and these flags."""
     expected = evaluation.flags_of(vars(train.parse_args(flags.split())))
     row = rows_of(HERE / "runs.jsonl").get(folder.name, {"flags": ""})
     if row["flags"] != expected:
-        how(flags, folder)
+        trainer(flags, folder)
         kept = str(HERE / "runs.jsonl")
         evaluation.main([str(folder), "--append", kept, "--data-dir", data_dir])
 
