@@ -21,7 +21,7 @@ from train import load_run
 NAMES = {"none": "static", "hebbian": "Hebbian", "gradient": "gradient"}
 DELAYS = {"20": "copy-+-w8-until", "80": "copy-+-w8-delay80-until",
           "160": "copy-+-w8-delay160-until"}
-LENGTHS = {"5": "copy-+-w8-until", "10": "copy-+-w8-len10-until"}
+LENGTHS = {"5": "copy-+-w8-until", "10": "copy-+-w8-len10-until", "20": "copy-+-w8-len20-until"}
 COLORS = {"none": "gray", "hebbian": "C0", "gradient": "C1"}
 
 def read_map(model, episodes):
