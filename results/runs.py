@@ -114,7 +114,7 @@ def choose(cell, flags, rule, rates, cap, search_seeds, out):
             row = attempt(cell, f"{flags} --lr {rate} --seed {seed}", rule, out, learn, most)
             updates = row["learned"] or row["updates"]
             needed[rate] += updates
-            if row["learned"]:
+            if row["learned"]:  # A later seed may win back what this one loses.
                 most = min(most, updates if search_seeds == 1 else 2 * updates)
     return min(rates, key=needed.get)
 

@@ -144,8 +144,9 @@ def until_learned(rows, key):
     counts as more than all others. The minutes are those at the pace of the quickest run."""
     scale = min(row["pace"] for row in rows) / 60 if key == "minutes" else 1
     known = sorted(scale * row["updates"] for row in rows if row["updates"] is not None)
-    texts = [f"{x:.2g}" if key == "minutes" else str(x) for x in known]
-    texts += [f"over {scale * row['trained']:.4g}" for row in rows if row["updates"] is None]
+    form = "{:.2g}" if key == "minutes" else "{:.0f}"
+    caps = [scale * row["trained"] for row in rows if row["updates"] is None]
+    texts = [form.format(x) for x in known] + [f"over {form.format(x)}" for x in caps]
     middle = texts[len(texts) // 2]
     return middle if texts[0] == texts[-1] else f"{middle} ({texts[0]} to {texts[-1]})"
 
