@@ -173,7 +173,7 @@ class Transformer(nn.Module):
         itself = torch.eye(x.size(1), dtype=torch.bool, device=x.device)  # (Q, Q)
         mask = torch.cat([context, itself], dim=1)  # (Q, T + Q)
         x, _ = self.blocks[0].attend(x, mask, past[0])
-        return self.run_blocks(x, mask, list(past), fast)  # which changes the list
+        return self.run_blocks(x, mask, past, fast)
 
 def visible(steps, others, window):
     """May each of the steps (T) attend to each of the others (S)? -> (T, S)."""
@@ -185,7 +185,7 @@ class Embed(nn.Module):
 
     token    a learned vector for each integer
     vector   a linear map of [features, value, 0], or for a query of [features, 0, 1]
-    image    the same of [normed Conv4 features, 4 * one-hot label or 0, 0 or 1]
+    image    the same of normed Conv4 features, and 4 * the one-hot label for a value
     """
     def __init__(self, task, config):
         super().__init__()
@@ -216,7 +216,8 @@ class Embed(nn.Module):
         features = self.features(episodes)  # (B, T + Q, E)
         values = episodes.support_y  # (B, T, 1) numbers, or (B, T) labels
         if self.kind == "image":
-            values = 4 * F.one_hot(values, self.n_out)  # (B, T, ways); E features drown a 1
+            # A single 1 would hardly count among E features.
+            values = 4 * F.one_hot(values, self.n_out)  # (B, T, n_out)
         known = features.new_zeros(*features.shape[:2], values.size(2) + 1)
         known[:, :T, :-1] = values
         known[:, T:, -1] = 1  # marks a query
@@ -232,15 +233,16 @@ class Embed(nn.Module):
         return self.norm(x)
 
     def answer(self, episodes):
-        """What the encoder alone answers (B, Q, ways); None in place of FastWeights."""
+        """What the encoder alone answers (B, Q, n_out); None in place of FastWeights."""
         return nearest_prototype(self.features(episodes), episodes), None
 
 def nearest_prototype(features, episodes):
     """Compare each query with the mean of each class's shots, by 10 times the cosine (Snell
-    et al. 2017 compare by distance): features (B, T + Q, E) -> (B, Q, ways)."""
-    labels = F.one_hot(episodes.support_y).to(features.dtype)  # (B, T, ways)
+    et al. 2017 compare by distance): features (B, T + Q, E) -> (B, Q, n_out)."""
+    labels = F.one_hot(episodes.support_y).to(features.dtype)  # (B, T, n_out)
     shots, queries = features.tensor_split([labels.size(1)], dim=1)
-    prototypes = F.normalize(labels.mT @ shots, dim=2)  # (B, ways, E)
+    # The cosine needs only the direction of a mean, which is that of the sum.
+    prototypes = F.normalize(labels.mT @ shots, dim=2)  # (B, n_out, E)
     return 10 * F.normalize(queries, dim=2) @ prototypes.mT
 
 def nearest_neighbour(features, episodes):
@@ -248,7 +250,8 @@ def nearest_neighbour(features, episodes):
     shot = torch.arange(episodes.support_y.size(1), device=features.device)  # (T)
     each = episodes._replace(support_y=shot.expand_as(episodes.support_y))
     nearest = nearest_prototype(features, each).argmax(2)  # (B, Q)
-    return F.one_hot(episodes.support_y.gather(1, nearest)).to(features.dtype)
+    labels = F.one_hot(episodes.support_y).to(features.dtype)  # (B, T, n_out)
+    return labels[torch.arange(len(labels))[:, None], nearest]  # (B, Q, n_out)
 
 class Conv4(nn.Module):
     """The encoder of the few-shot literature: (..., channels, size, size) -> (..., d_out)."""

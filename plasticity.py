@@ -117,7 +117,8 @@ class FastWeights:
     """
     def __init__(self, plasticity):
         self.plasticity = plasticity
-        # Does the outer loss reach the writes? If not, they are constants.
+        # Does the outer loss reach the writes? If not, they are constants. In evaluation, the
+        # gradient rule enables gradients later, so this is asked before the first step.
         self.learning = torch.is_grad_enabled() and plasticity.ablate != "backward"
         self.P = defaultdict(float)  # layer: P_t, at first 0, then (B, out, in)
         self.p = defaultdict(float)  # layer: p_t, at first 0, then (B, 1, out)
@@ -188,7 +189,8 @@ class UnrolledFastWeights(FastWeights):
     def read(self, layer, x):
         if x.size(1) > 1:  # Many queries: one matrix is quicker than their sums.
             self.fold_terms()
-        y = layer(x) + self.p[layer]  # W x + b + p_t, (B, Q, out)
+        # Without fast weights as an argument, a layer reads only its slow ones: W x + b.
+        y = layer(x) + self.p[layer]  # (B, Q, out)
         if layer in self.P:
             y = y + self.decay * torch.bmm(x, self.P[layer].mT)
         if layer in self.past_x:

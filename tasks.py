@@ -8,6 +8,7 @@ draws episodes, loss(out, target) trains a model, score(out, target) rates answe
     n_out        number of outputs per answer
     step_names   what each step of the context is
     metric       the name of the score; `chance`, the score of a guess; `perfect`, the best
+    asked_steps  only in cue: which step showed the pair that a query asks for
 """
 import tempfile
 from dataclasses import dataclass, fields
@@ -110,7 +111,7 @@ class Cue(SquaredError):
     """
     pairs: int = setting(8, "pairs of a cue and its reward", 1, 2500)
     cues: int = setting(20, "different cues", 1, 10_000)
-    noise: int = setting(0, "pairs with any cue that nobody asks for", 0, 5000)
+    noise: int = setting(0, "more pairs, of any cues, which are never asked for", 0, 5000)
 
     def __post_init__(self):
         if self.pairs > self.cues:
@@ -205,7 +206,7 @@ class FewShot(Classification):
         N, K, Q = sizes or (self.ways, self.shots, self.queries)
         n_classes = len(self.class_ids[split])
         classes = torch.rand(batch_size, n_classes, generator=generator).argsort(dim=1)
-        if N == n_classes:  # With all classes, labels stay: pretraining names them.
+        if sizes and N == n_classes:  # Pretraining on all classes names them: labels stay.
             classes = torch.arange(N).expand(batch_size, N)
         n_images = self.images.size(1)
         images = torch.rand(batch_size, N, n_images, generator=generator).argsort(dim=2)

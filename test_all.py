@@ -443,6 +443,11 @@ def test_few_shot_episodes():
         assert torch.isin(classes, ids).all() and classes.sort().values.diff().all(), "two labels"
         assert N < len(ids) or torch.equal(classes, ids.expand(40, -1)), "labels do not stay"
         assert (name, split) != ("omniglot", "train") or len((classes // 1623).unique()) == 4
+    task = FewShot("cifarfs", fake_packs(), ways=16, shots=1, queries=1)
+    task.images = torch.arange(20 * len(task.images)).view(-1, 20, 1, 1, 1)
+    x, y, *_ = task.sample("val", 40, random_generator(0, "val"))
+    classes = (x.flatten(1) // 20).gather(1, y.argsort())  # (40, N)
+    assert len(classes[:, 0].unique()) > 5, "an episode with all classes numbers them anew"
 
 def test_merged_labels():
     task = FewShot("omniglot", fake_packs(), ways=6, shots=2, queries=3, merge=2)
@@ -462,6 +467,9 @@ def test_merged_labels():
     episodes = Episodes(None, torch.tensor([[2, 2, 0]]), None, None)
     answers = nearest_neighbour(features, episodes)
     assert answers.argmax(2).tolist() == [[2, 0]] and answers.dtype == torch.float32
+    episodes = episodes._replace(support_y=torch.tensor([[2, 1, 0]]))
+    answers = nearest_neighbour(features[:, [0, 1, 2, 4]], episodes)
+    assert answers.tolist() == [[[1, 0, 0]]], "labels that are no answer keep a column"
 
 def test_packing_downloads():
     from PIL import Image
