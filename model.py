@@ -250,8 +250,9 @@ def nearest_neighbour(features, episodes):
     shot = torch.arange(episodes.support_y.size(1), device=features.device)  # (T)
     each = episodes._replace(support_y=shot.expand_as(episodes.support_y))
     nearest = nearest_prototype(features, each).argmax(2)  # (B, Q)
-    labels = F.one_hot(episodes.support_y).to(features.dtype)  # (B, T, n_out)
-    return labels[torch.arange(len(labels))[:, None], nearest]  # (B, Q, n_out)
+    n_out = int(episodes.support_y.max()) + 1  # The answers may lack a label.
+    answers = episodes.support_y.gather(1, nearest)  # (B, Q)
+    return F.one_hot(answers, n_out).to(features.dtype)  # (B, Q, n_out)
 
 class Conv4(nn.Module):
     """The encoder of the few-shot literature: (..., channels, size, size) -> (..., d_out)."""

@@ -153,8 +153,9 @@ def validate(run, args, task, model, device):
 
 @torch.no_grad()
 def evaluate(answer, task, split, options, n, device):
-    """Let a model, or a function like one, answer n episodes -> losses (n, 1), each the mean of its
-    batch, and scores (n, L); for cues asked_steps (n, Q); with writes, gates (3, n, T): eta_t, n_t, change."""
+    """Let a model, or a function like one, answer n episodes -> losses (n, 1), each the mean
+    of its batch; scores (n, L); for cues asked_steps (n, Q); with writes, gates (3, n, T):
+    eta_t, n_t, change."""
     generator = random_generator(options.seed, split)
     parts = defaultdict(list)
     for start in range(0, n, options.batch_size):
